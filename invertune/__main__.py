@@ -1,0 +1,140 @@
+"""The command line: ``python -m invertune COMMAND``. User errors are one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from invertune import plan
+from invertune.settings import load_settings
+
+# Modules that import torch are imported late: a wrong argument should not wait seconds for it.
+if TYPE_CHECKING:
+    from invertune.store import Artifact
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns 0, 1 (a check failed) or 2 (a wrong argument, a full disk)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+
+
+def explain(error: Exception) -> str:
+    """One line for an error that a user can mend (the package's own, or the system's).
+
+    Raises every other error again: it is a bug, and its traceback is wanted.
+    """
+    if type(error).__module__.startswith("invertune."):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError):
+        place = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{place}"
+    raise error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m invertune", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    add("check", _check, "versions, device, memory, disk, data, models, and the next command")
+    plan.add_options(add("data", _data, "describes the data of a profile"))
+    pretrain = add("pretrain", _pretrain, "pretrains a shipped model; goes on where it was killed")
+    pretrain.add_argument("backbone")
+    pretrain.add_argument("profile", nargs="?", default="mini")
+    add("publish", _publish, "makes a profile's results the expected ones").add_argument("profile")
+    plan.add_options(add("plan", plan.show, "steps, exposures, minutes and memory of a run"))
+    store = add("store", _store, "lists, shows or verifies stored artifacts")
+    store.add_argument("action", choices=("list", "show", "verify"))
+    store.add_argument("key", nargs="?", help="the first digits of a key, for show")
+    return parser
+
+
+def _check(_: argparse.Namespace) -> int:
+    from invertune import check
+
+    lines, ready = check.report()
+    print("\n".join(lines))
+    return 0 if ready else 1
+
+
+def _data(options: argparse.Namespace) -> int:
+    settings = load_settings(options.profile, plan.overrides_of(options))
+    from invertune import data
+
+    print(data.describe(settings))
+    return 0
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    load_settings(options.profile, {"backbone": options.backbone})  # names an unknown backbone
+    from invertune import pretraining
+
+    pretraining.pretrain_embedded(options.backbone, options.profile)
+    return 0
+
+
+def _publish(options: argparse.Namespace) -> int:
+    load_settings(options.profile)
+    from invertune import results
+
+    results.publish(options.profile)
+    return 0
+
+
+def _store(options: argparse.Namespace) -> int:
+    from invertune import store
+
+    root = store.default_root()
+    if options.action == "verify":
+        broken = store.verify(root)
+        for key, problem in broken.items():
+            print(f"{key[:8]} is damaged: {problem}")
+        print(f"{len(store.entries(root))} artifacts in {root}, {len(broken)} damaged")
+        return 1 if broken else 0
+    if options.action == "show":
+        artifact = _find(options.key or "")
+        print(json.dumps({"folder": str(artifact.folder), **artifact.meta}, indent=1))
+        return 0
+    for artifact in store.entries(root):
+        print(f"{artifact.key[:8]}  {_line(artifact, store.damage(artifact.folder))}")
+    return 0
+
+
+def _line(artifact: Artifact, problem: str | None) -> str:
+    if problem:
+        return f"damaged: {problem}"
+    meta = artifact.meta
+    return f"{meta['step']:24} seed {meta['seed']:<3} {meta['seconds']:9.1f} s  {meta['created']}"
+
+
+def _find(prefix: str) -> Artifact:
+    from invertune import store
+
+    matching = [a for a in store.entries(store.default_root()) if a.key.startswith(prefix)]
+    if len(matching) != 1 or not prefix:
+        raise store.StoreError(
+            f"{len(matching)} artifacts have a key that starts with {prefix!r} "
+            "in the store; name one, see: store list"
+        )
+    return matching[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

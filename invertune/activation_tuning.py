@@ -1,0 +1,373 @@
+"""Step 3: retrain only the neurons that answer to the inverted trigger.
+
+Paper, section 3.3, algorithm 2. Images are [N, 3, H, W], uint8 or float32 in [0, 1]; activation
+maps are those of ``invertune.activations``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from invertune.activations import (
+    Selection,
+    batched_inputs,
+    locate,
+    maps_from,
+    prefix_to,
+    rows_to_train,
+    tail_from,
+    train_only,
+    unit_mask,
+)
+from invertune.metrics import attack_success_rate, clean_accuracy, predictions
+from invertune.models import Clip, clone, embed_images, set_state, to_pixels
+from invertune.settings import Tuning
+from invertune.training import Recipe, batch_indices, fit, generator
+from invertune.triggers import compose
+
+TIE_POINTS = 0.5
+
+
+@dataclass(frozen=True)
+class State:
+    """One measured state: rates in percent on held-out images, losses on the tuning batch."""
+
+    lr: float
+    step: int
+    clean_accuracy: float
+    inverted_asr: float
+    activation: float
+    preserve: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The purified ``clip`` and how it came about.
+
+    ``neurons`` holds a bool mask per critical layer; ``lr`` and ``step`` name the chosen state;
+    ``qualified`` is False where every state lost more accuracy than allowed; ``suspected`` is the
+    model before tuning (step 0); ``log`` has the losses of every rate.
+    """
+
+    clip: Clip
+    selection: Selection
+    impacts: dict[str, float]
+    neurons: dict[str, Tensor]
+    lr: float
+    step: int
+    qualified: bool
+    suspected: State
+    states: tuple[State, ...]
+    log: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What every learning rate shares, computed once on the suspected model.
+
+    ``clean`` and ``triggered`` are the tuning images' inputs of layer ``first``; no activation
+    after layer ``last`` is needed of the triggered ones; ``activations`` and ``features`` belong
+    to the clean ones; ``masks`` are the critical units as bool maps.
+    """
+
+    first: str | None
+    last: str | None
+    clean: Tensor
+    triggered: Tensor
+    activations: dict[str, Tensor]
+    features: Tensor
+    masks: dict[str, Tensor]
+    head: Tensor
+    settings: Tuning
+    seed: int
+
+
+def tune(
+    clip: Clip,
+    images: Tensor,
+    trigger_mask: Tensor,
+    trigger_pattern: Tensor,
+    heldout: Tensor,
+    heldout_labels: Tensor,
+    head: Tensor,
+    target: int,
+    settings: Tuning,
+    seed: int,
+) -> Tuned:
+    """Algorithm 2 on a copy of the suspected ``clip``, which stays as it is.
+
+    ``images`` [N, 3, H, W] are unlabeled clean images, of which ``settings.images`` are used;
+    ``trigger_mask`` and ``trigger_pattern`` [3, H, W] in [0, 1] are the inverted trigger;
+    ``heldout`` with ``heldout_labels`` [M] are other clean images; ``head`` [C, D] holds the unit
+    class embeddings and ``target`` the identified class. Every rate of ``settings.lrs`` is run
+    and measured; the returned weights are those of the state that ``choose`` takes, which looks at
+    the suspected model, the held-out clean images and the inverted trigger only.
+    Raises ``ValueError`` for too few images, ``TrainingError`` for a loss that is not finite.
+    """
+    suspected = clone(clip)
+    suspected.net.requires_grad_(False).eval()
+    mask, pattern = trigger_mask.to(clip.device), trigger_pattern.to(clip.device)
+    predicted = predictions(embed_images(suspected, images), head)
+    diverse = diverse_indices(predicted.cpu(), target, settings.images, seed)
+    clean = to_pixels(images[diverse], clip.device)
+    triggered = compose(clean, mask, pattern)
+    impacts, selection, neurons = locate(suspected, clean, triggered, settings, seed)
+    problem = _prepare(suspected, clean, triggered, neurons, head, settings, seed)
+    measure = _measurer(
+        suspected, problem.first, mask, pattern, heldout, heldout_labels, head, target
+    )
+    before = _state(0.0, 0, measure(suspected), _losses(problem, suspected, 0))
+    rows = rows_to_train(suspected, neurons, settings.trainable)
+    runs = [_tune_at(lr, suspected, problem, rows, measure) for lr in settings.lrs]
+    measured = [pair for run, _ in runs for pair in run]
+    index, qualified = choose(
+        [state for state, _ in measured], before.clean_accuracy, settings.allowed_ca_drop_points
+    )
+    chosen, weights = measured[index]
+    purified = clone(clip)
+    set_state(purified, {**purified.net.state_dict(), **weights})
+    purified.net.eval()
+    return Tuned(
+        purified,
+        selection,
+        impacts,
+        neurons,
+        chosen.lr,
+        chosen.step,
+        qualified,
+        before,
+        tuple(s for s, _ in measured),
+        [r for _, log in runs for r in log],
+    )
+
+
+def choose(
+    states: Sequence[State], suspected_accuracy: float, allowed_drop: float
+) -> tuple[int, bool]:
+    """Index of the state to keep, and whether any state qualified.
+
+    A state qualifies with a held-out clean accuracy at most ``allowed_drop`` points below the
+    suspected model's. Among those the lowest inverted ASR wins; of the states within half a point
+    of it, the one with the highest clean accuracy, then the earliest. If none qualifies: the
+    highest clean accuracy of all.
+    """
+    qualified = [
+        i for i, s in enumerate(states) if s.clean_accuracy >= suspected_accuracy - allowed_drop
+    ]
+    if not qualified:
+        return max(range(len(states)), key=lambda i: states[i].clean_accuracy), False
+    lowest = min(states[i].inverted_asr for i in qualified)
+    tied = [i for i in qualified if states[i].inverted_asr <= lowest + TIE_POINTS]
+    return max(tied, key=lambda i: states[i].clean_accuracy), True
+
+
+def diverse_indices(predicted: Tensor, target: int, count: int, seed: int) -> Tensor:
+    """``count`` seeded indices of images, in turn over the ``predicted`` classes [N].
+
+    Images predicted as the ``target`` are never taken. Raises ``ValueError`` if too few are left.
+    """
+    order = torch.randperm(len(predicted), generator=generator(seed))
+    order = order[predicted[order] != target]
+    if len(order) < count:
+        raise ValueError(
+            f"tuning.images = {count}, but only {len(order)} clean images are not "
+            "predicted as the target class"
+        )
+    taken: Counter[int] = Counter()
+    turns = []
+    for label in predicted[order].tolist():
+        turns.append(taken[label])
+        taken[label] += 1
+    return order[torch.tensor(turns).argsort(stable=True)[:count]]
+
+
+def activation_loss(
+    original: Mapping[str, Tensor],
+    triggered: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    reduction: str = "mean",
+) -> Tensor:
+    """Eq. 9, summed over layers: squared distance at the critical units, mean over images.
+
+    ``original`` [N, *map] are the suspected model's activations of the clean images, detached;
+    ``masks`` are bool maps. Over a layer's critical units: the mean, or with ``reduction`` "sum"
+    the sum (the paper's literal form, which weighs a layer by its size).
+    """
+    total = torch.zeros((), device=next(iter(triggered.values())).device)
+    for layer, mask in masks.items():
+        summed = ((original[layer].detach() - triggered[layer]).square() * mask).sum()
+        total = total + summed / len(triggered[layer]) / (mask.sum() if reduction == "mean" else 1)
+    return total
+
+
+def align_ratio_loss(
+    clean: Mapping[str, Tensor], triggered: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+) -> Tensor:
+    """The released code's alignment: ||(mean a_c - mean a_t) M|| / ||mean a_c M||, over layers.
+
+    Means are over the batch, and ``clean`` [N, *map] belongs to the model that is being tuned.
+    """
+    total = torch.zeros((), device=next(iter(triggered.values())).device)
+    for layer, mask in masks.items():
+        reference = clean[layer].mean(0) * mask
+        distance = (reference - triggered[layer].mean(0) * mask).norm()
+        total = total + distance / reference.norm().clamp_min(1e-12)
+    return total
+
+
+def preserve_loss(features: Tensor, original: Tensor, head: Tensor) -> Tensor:
+    """Eq. 10: mean over images of the sum over all classes of squared cosine differences.
+
+    ``features`` and ``original`` [N, D] are unit features of the clean images under the tuned and
+    the suspected model; ``head`` [C, D] holds the unit class embeddings.
+    """
+    return ((features - original.detach()) @ head.T).square().sum(1).mean()
+
+
+def preserve_feature_loss(features: Tensor, original: Tensor) -> Tensor:
+    """The released code's preservation: Frobenius norm of the unit-feature difference [N, D]."""
+    return (features - original.detach()).norm()
+
+
+def _losses(problem: _Problem, clip: Clip, step: int) -> dict[str, Tensor]:
+    """Eq. 11 on the batch of ``step``, with its two terms."""
+    settings = problem.settings
+    rows = batch_indices(len(problem.clean), settings.batch, problem.seed, step)
+    features, clean = tail_from(clip, problem.first)(problem.clean[rows])
+    triggered = maps_from(clip, problem.first, problem.last)(problem.triggered[rows])
+    if settings.align_form == "ratio":
+        activation = align_ratio_loss(clean, triggered, problem.masks)
+    else:
+        original = {layer: maps[rows] for layer, maps in problem.activations.items()}
+        activation = activation_loss(original, triggered, problem.masks, settings.reduction)
+    if settings.preserve_form == "feature":
+        preserve = preserve_feature_loss(features, problem.features[rows])
+    else:
+        preserve = preserve_loss(features, problem.features[rows], problem.head)
+    return {
+        "loss": activation + settings.beta * preserve,
+        "activation": activation,
+        "preserve": preserve,
+    }
+
+
+def _prepare(
+    clip: Clip,
+    clean: Tensor,
+    triggered: Tensor,
+    neurons: Mapping[str, Tensor],
+    head: Tensor,
+    settings: Tuning,
+    seed: int,
+) -> _Problem:
+    """Everything that stays the same over all steps and rates.
+
+    Where nothing before the first critical layer can change, its input is what is kept. Batch
+    statistics, where they are trained, are those of whole forward passes.
+    """
+    fixed = settings.trainable == "critical_rows" and settings.bn_mode == "eval"
+    first = next(iter(neurons)) if fixed else None
+    last = list(neurons)[-1] if settings.bn_mode == "eval" else None
+    prefix = prefix_to(clip, first)
+    clean, triggered = (
+        torch.cat(list(batched_inputs(prefix, images, clip.device)()))
+        for images in (clean, triggered)
+    )
+    with torch.no_grad():
+        features, maps = tail_from(clip, first)(clean)
+    masks = {layer: unit_mask(m, maps[layer].shape[1:]) for layer, m in neurons.items()}
+    return _Problem(
+        first,
+        last,
+        clean,
+        triggered,
+        {layer: maps[layer] for layer in neurons},
+        features,
+        masks,
+        head,
+        settings,
+        seed,
+    )
+
+
+def _measurer(
+    suspected: Clip,
+    first: str | None,
+    mask: Tensor,
+    pattern: Tensor,
+    heldout: Tensor,
+    labels: Tensor,
+    head: Tensor,
+    target: int,
+) -> Callable[[Clip], tuple[float, float]]:
+    """Function from a tuned model to its held-out clean accuracy and inverted ASR, in percent."""
+    others = labels != target
+    prefix = prefix_to(suspected, first)
+    clean = batched_inputs(prefix, heldout, suspected.device)
+    triggered = batched_inputs(
+        lambda pixels: prefix(compose(pixels, mask, pattern)), heldout[others], suspected.device
+    )
+
+    @torch.no_grad()
+    def measure(clip: Clip) -> tuple[float, float]:
+        visual, tail = clip.net.get_submodule("visual"), tail_from(clip, first)
+        training = visual.training
+        visual.eval()
+        features, attacked = (
+            torch.cat([tail(x)[0] for x in inputs()]) for inputs in (clean, triggered)
+        )
+        visual.train(training)
+        return (
+            clean_accuracy(features, head, labels).value,
+            attack_success_rate(attacked, head, labels[others], target).value,
+        )
+
+    return measure
+
+
+def _state(lr: float, step: int, rates: tuple[float, float], terms: Mapping[str, Tensor]) -> State:
+    return State(lr, step, *rates, terms["activation"].item(), terms["preserve"].item())
+
+
+def _tune_at(
+    lr: float,
+    suspected: Clip,
+    problem: _Problem,
+    rows: Mapping[str, Tensor],
+    measure: Callable[[Clip], tuple[float, float]],
+) -> tuple[list[tuple[State, dict[str, Tensor]]], list[dict[str, float]]]:
+    """Phase 3 at one rate: each measured state with the tensors it changed, and the log."""
+    settings, original = problem.settings, suspected.net.state_dict()
+    tuned = clone(suspected)
+    tuned.net.get_submodule("visual").train(settings.bn_mode == "train")
+    train_only(tuned.net, rows)
+    measured = []
+
+    def record(step: int, terms: Mapping[str, Tensor]) -> None:
+        changed = {
+            name: tensor.cpu().clone()
+            for name, tensor in tuned.net.state_dict().items()
+            if not torch.equal(tensor, original[name])
+        }
+        measured.append((_state(lr, step, measure(tuned), terms), changed))
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        terms = _losses(problem, tuned, step)
+        if step > 0 and step % settings.measure_every_steps == 0:
+            record(step, terms)
+        return terms
+
+    log = fit(
+        tuned.net,
+        loss_at,
+        Recipe(settings.steps, lr, weight_decay=0.0, schedule="constant"),
+        label=f"tuning at {lr:g}",
+    )
+    with torch.no_grad():
+        record(settings.steps, _losses(problem, tuned, settings.steps))
+    return measured, [{"lr": lr, **row} for row in log]

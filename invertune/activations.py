@@ -1,0 +1,263 @@
+"""The layers of an image encoder, the neurons that answer to a trigger, the weights behind them.
+
+Paper, section 3.3 and algorithm 2, lines 3-27. Images are [N, 3, H, W], uint8 or float32 in
+[0, 1]; an activation map is [C, H, W] for a ResNet stage and [tokens, width] for a ViT block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import VisionTransformer
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+
+from invertune.models import Clip, ModelError, normalize, to_pixels
+from invertune.settings import Tuning
+
+BATCH = 256
+CACHE_BYTES = 2 * 2**30
+OUTPUTS = {"conv3", "bn3", "downsample", "out_proj", "c_proj"}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Statistics of the layer impacts (population std) and the critical ``layers`` in order."""
+
+    mean: float
+    std: float
+    threshold: float
+    layers: tuple[str, ...]
+
+
+def _chain(clip: Clip) -> tuple[Callable[..., Tensor], dict[str, nn.Module], Callable[..., Tensor]]:
+    """The image encoder as stem, layers by parameter prefix, and head, to be run in this order."""
+    visual = clip.net.visual
+    if isinstance(visual, ModifiedResNet):
+        stages = {k: m for k, m in visual.named_children() if isinstance(m, nn.Sequential)}
+        return visual.stem, {f"visual.{k}": m for k, m in stages.items()}, visual.attnpool
+    if isinstance(visual, VisionTransformer) and visual.transformer.batch_first:
+        blocks = visual.transformer.resblocks.named_children()
+
+        def head(tokens: Tensor) -> Tensor:
+            pooled = visual._pool(tokens)[0]
+            return pooled if visual.proj is None else pooled @ visual.proj
+
+        return visual._embeds, {f"visual.transformer.resblocks.{k}": m for k, m in blocks}, head
+    raise ModelError(
+        f"no candidate layers in an image encoder of type {type(visual).__name__}; "
+        "a ModifiedResNet or a batch-first VisionTransformer is needed"
+    )
+
+
+def candidate_layers(clip: Clip) -> dict[str, nn.Module]:
+    """ResNet stages or ViT blocks, by their full names, first to last (tables 12-15).
+
+    Raises ``ModelError`` for an image encoder that is neither.
+    """
+    return _chain(clip)[1]
+
+
+def prefix_to(clip: Clip, first: str | None) -> Callable[[Tensor], Tensor]:
+    """Function from pixels in [0, 1] to the input of layer ``first`` (None: of the encoder)."""
+    stem, layers, _ = _chain(clip)
+    names = list(layers)
+
+    def prefix(pixels: Tensor) -> Tensor:
+        hidden = normalize(clip, pixels)
+        if first is None:
+            return hidden
+        hidden = stem(hidden)
+        for name in names[: names.index(first)]:
+            hidden = layers[name](hidden)
+        return hidden
+
+    return prefix
+
+
+def maps_from(
+    clip: Clip, first: str | None, last: str | None = None
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Function from the input of layer ``first`` (None: of the encoder) to activation maps.
+
+    It runs no further than ``last`` (None: to the last layer) and returns [N, *map] of each layer.
+    """
+    stem, layers, _ = _chain(clip)
+    names = list(layers)
+    start = names.index(first) if first else 0
+    names = names[start : names.index(last) + 1 if last else None]
+
+    def maps(hidden: Tensor) -> dict[str, Tensor]:
+        activations = {}
+        if first is None:
+            hidden = stem(hidden)
+        for name in names:
+            hidden = activations[name] = layers[name](hidden)
+        return activations
+
+    return maps
+
+
+def tail_from(
+    clip: Clip, first: str | None
+) -> Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]:
+    """Function from the input of layer ``first`` (None: of the encoder) to the end.
+
+    It returns the unit image features [N, D] and the maps of ``maps_from``.
+    ``tail_from(c, l)(prefix_to(c, l)(x))[0]`` equals ``image_features(c, x)``: while nothing
+    before ``first`` changes, its input needs to be computed only once.
+    """
+    maps, head = maps_from(clip, first), _chain(clip)[2]
+
+    def tail(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        activations = maps(hidden)
+        return nn.functional.normalize(head(list(activations.values())[-1]), dim=-1), activations
+
+    return tail
+
+
+def batched_inputs(
+    prefix: Callable[[Tensor], Tensor],
+    images: Tensor,
+    device: torch.device,
+    limit: int = CACHE_BYTES,
+) -> Callable[[], Iterable[Tensor]]:
+    """Function that gives ``prefix`` of the images' pixels, 256 images at a time, without gradient.
+
+    Results that take at most ``limit`` bytes in all are computed once and kept on the device;
+    larger ones are computed anew at every call.
+    """
+
+    @torch.no_grad()
+    def compute() -> Iterator[Tensor]:
+        for part in images.split(BATCH):
+            yield prefix(to_pixels(part, device))
+
+    with torch.no_grad():
+        one = prefix(to_pixels(images[:1], device))
+    if one.nbytes * len(images) > limit:
+        return compute
+    kept = list(compute())
+    return lambda: kept
+
+
+@torch.no_grad()
+def mean_activations(clip: Clip, layers: Collection[str], images: Tensor) -> dict[str, Tensor]:
+    """mu: the mean over images of the whole activation map of each layer, float32, eval mode."""
+    clip.net.eval()
+    maps_of = maps_from(clip, None)
+    sums: dict[str, Tensor] = {}
+    for hidden in batched_inputs(prefix_to(clip, None), images, clip.device, limit=0)():
+        maps = maps_of(hidden)
+        for name in layers:
+            part = maps[name].double().sum(0)
+            sums[name] = sums[name] + part if name in sums else part
+    return {name: (total / len(images)).float() for name, total in sums.items()}
+
+
+def layer_impacts(clean: Mapping[str, Tensor], triggered: Mapping[str, Tensor]) -> dict[str, float]:
+    """Eq. 8: ||mu_clean - mu_triggered|| / ||mu_clean|| of every layer, over the whole map."""
+    return {k: ((mu - triggered[k]).norm() / mu.norm()).item() for k, mu in clean.items()}
+
+
+def critical_layers(impacts: Mapping[str, float], rule: str = "mean_plus_std") -> Selection:
+    """The layers whose impact exceeds mean + population std; if none does, the largest one.
+
+    The strict inequality can be empty: two equal layers among four put the threshold exactly on
+    themselves. ``rule`` "top3" takes the three largest impacts, as the released code does.
+    """
+    values = torch.tensor(list(impacts.values()), dtype=torch.float64)
+    mean, std = values.mean().item(), values.std(correction=0).item()
+    ranked = sorted(impacts, key=lambda name: -impacts[name])
+    above = {name for name in impacts if impacts[name] > mean + std}
+    chosen = set(ranked[:3]) if rule == "top3" else above or set(ranked[:1])
+    return Selection(mean, std, mean + std, tuple(name for name in impacts if name in chosen))
+
+
+def critical_neurons(
+    clean: Tensor, triggered: Tensor, seed: int, neuron: str = "channel"
+) -> Tensor:
+    """The neurons of one layer that answer to the trigger: 2-means on |mu_clean - mu_triggered|.
+
+    ``clean`` and ``triggered`` are mean maps. A neuron is an output channel [C] or width index [W]
+    (its difference: the mean over positions), or with ``neuron`` "unit" each unit of the map.
+    Returns a bool mask of that shape, True in the cluster with the larger centroid; all True where
+    every difference is the same.
+    """
+    difference = (clean - triggered).abs().double()
+    if neuron == "channel":
+        difference = difference.mean((1, 2) if difference.ndim == 3 else 0)
+    points = difference.flatten().cpu().numpy()[:, None]
+    if points.min() == points.max():
+        return torch.ones_like(difference, dtype=torch.bool)
+    with threadpool_limits(limits=1):  # a few hundred numbers: more threads only get in the way
+        found = KMeans(2, n_init=10, random_state=seed).fit(points)
+    critical = torch.from_numpy(found.labels_ == found.cluster_centers_.argmax())
+    return critical.view_as(difference).to(clean.device)
+
+
+def critical_channels(neurons: Tensor) -> Tensor:
+    """Bool [C] or [W]: the output channels or width indices that hold any critical neuron."""
+    if neurons.ndim == 1:
+        return neurons
+    return neurons.flatten(1).any(1) if neurons.ndim == 3 else neurons.any(0)
+
+
+def unit_mask(neurons: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bool mask of critical neurons spread over an activation map of ``shape``."""
+    if neurons.ndim == 1 and len(shape) == 3:
+        neurons = neurons[:, None, None]
+    return neurons.expand(*shape)
+
+
+def locate(
+    clip: Clip, clean: Tensor, triggered: Tensor, settings: Tuning, seed: int
+) -> tuple[dict[str, float], Selection, dict[str, Tensor]]:
+    """Phases 1 and 2: layer impacts, critical layers, and the critical neurons of each."""
+    layers = candidate_layers(clip)
+    mu_clean = mean_activations(clip, layers, clean)
+    mu_triggered = mean_activations(clip, layers, triggered)
+    impacts = layer_impacts(mu_clean, mu_triggered)
+    selection = critical_layers(impacts, settings.layer_rule)
+    neurons = {
+        layer: critical_neurons(mu_clean[layer], mu_triggered[layer], seed, settings.neuron)
+        for layer in selection.layers
+    }
+    return impacts, selection, neurons
+
+
+def trainable_rows(clip: Clip, layer: str, channels: Tensor) -> dict[str, Tensor]:
+    """The parameters that write the output of ``layer``, each with its bool mask of rows.
+
+    ``channels`` is the bool mask [C] or [W] of critical channels. ResNet stage: conv3 and bn3 of
+    every block and the downsample; ViT block: attention out_proj and MLP c_proj. Rows transfer
+    because the residual stream has the same channels in every block of a stage.
+    """
+    names = (name for name, _ in candidate_layers(clip)[layer].named_parameters())
+    return {f"{layer}.{name}": channels for name in names if OUTPUTS & set(name.split("."))}
+
+
+def rows_to_train(clip: Clip, neurons: Mapping[str, Tensor], trainable: str) -> dict[str, Tensor]:
+    """Row masks of all layers' ``neurons``; with "all_visual", every row of the image encoder."""
+    if trainable == "all_visual":
+        visual = clip.net.get_submodule("visual").named_parameters(prefix="visual")
+        return {name: torch.ones(len(p), dtype=torch.bool, device=p.device) for name, p in visual}
+    masks = [trainable_rows(clip, layer, critical_channels(m)) for layer, m in neurons.items()]
+    return {name: rows for mask in masks for name, rows in mask.items()}
+
+
+def train_only(net: nn.Module, rows: Mapping[str, Tensor]) -> None:
+    """Lets gradients reach the masked ``rows`` only (algorithm 2, lines 25-27).
+
+    Without weight decay a gradient that has always been zero gives an Adam update of exactly
+    zero, so every other entry stays bit-identical.
+    """
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name in rows)
+        if name in rows:
+            frozen = ~rows[name].view(-1, *[1] * (parameter.ndim - 1))
+            parameter.register_hook(lambda g, frozen=frozen: g.masked_fill(frozen, 0))

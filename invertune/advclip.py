@@ -1,0 +1,133 @@
+"""AdvCLIP's generator of a universal adversarial patch (Zhou et al. 2023), the paper's step 1.
+
+The paper runs AdvCLIP on images alone, so the texts here are the prompts of the classes that the
+suspected model itself predicts. Layer widths follow the patch, which is smaller than AdvCLIP's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from invertune.models import Clip, image_features, to_pixels
+from invertune.settings import Identification
+from invertune.training import batch_indices, progress
+
+NOISES, NOISE_DIM = 16, 100
+ALPHA, BETA, GAMMA, DELTA = 10.0, 5.0, 5.0, 1.0  # AdvCLIP's weights
+NCE_TEMPERATURE = 0.1
+DISCRIMINATOR_CLAMP = 0.01
+
+
+def patch_generator() -> nn.Module:
+    """Fixed noise [16, 100, 1, 1] to 16 feature maps, mixed into one patch [1, 3, 16, 16]."""
+    widths = (NOISE_DIM, 256, 128, 64)
+    layers: list[nn.Module] = []
+    for i in range(3):
+        stride, padding = (1, 0) if i == 0 else (2, 1)
+        layers += [
+            nn.ConvTranspose2d(widths[i], widths[i + 1], 4, stride, padding, bias=False),
+            nn.BatchNorm2d(widths[i + 1]),
+            nn.ReLU(),
+        ]
+    return nn.Sequential(
+        *layers,
+        nn.Conv2d(widths[3], 1, 3, padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Unflatten(0, (1, NOISES)),
+        nn.Unflatten(2, (16, 16)),
+        nn.Conv2d(NOISES, 3, 3, padding=1),
+        nn.Sigmoid(),
+    )
+
+
+def discriminator() -> nn.Module:
+    """Scores whether an image [N, 3, H, W] is untouched (one logit each)."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 4, 4),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(32, 64, 4, 4),
+        nn.LeakyReLU(0.2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 1),
+    )
+
+
+def nce_loss(a: Tensor, b: Tensor) -> Tensor:
+    """InfoNCE of paired unit features [N, D] at temperature 0.1."""
+    return F.cross_entropy(a @ b.T / NCE_TEMPERATURE, torch.arange(len(a), device=a.device))
+
+
+def topology_gap(a: Tensor, b: Tensor) -> Tensor:
+    """AdvCLIP's U: KL divergence between the cosine graphs of two unit feature sets [N, D]."""
+    p, q = ((x @ x.T + 1) / 2 for x in (a, b))
+    p, q = (x / x.sum(1, keepdim=True) for x in (p, q))
+    near = (p * (p.clamp_min(1e-8) / q.clamp_min(1e-8)).log()).sum(1)
+    p, q = 1 - p, 1 - q
+    far = (p * (p.clamp_min(1e-8) / q.clamp_min(1e-8)).log()).sum(1)
+    return (near + far).mean()
+
+
+def generated_patch(
+    clip: Clip,
+    images: Tensor,
+    clean: Tensor,
+    texts: Tensor,
+    paste: Callable[[Tensor, Tensor], Tensor],
+    settings: Identification,
+    seed: int,
+) -> Tensor:
+    """Trains the generator against the frozen model and returns its patch [3, p, p] in [0, 1].
+
+    ``clean`` [N, D] are the features of ``images`` (uint8 [N, 3, H, W]), ``texts`` [N, D] those of
+    their predicted classes; ``paste(images, patch)`` places a patch.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        maker, judge = patch_generator().to(clip.device), discriminator().to(clip.device)
+        noise = torch.randn(NOISES, NOISE_DIM, 1, 1).to(clip.device)
+    lr, betas = settings.generator_lr, (0.5, 0.999)
+    maker_steps = torch.optim.Adam(maker.parameters(), lr=lr, betas=betas)
+    judge_steps = torch.optim.Adam(judge.parameters(), lr=lr, betas=betas)
+
+    def patch() -> Tensor:
+        side = (settings.patch_px, settings.patch_px)
+        return F.interpolate(maker(noise), side, mode="bilinear", align_corners=False)[0]
+
+    for step in progress(range(settings.steps), "AdvCLIP generator"):
+        rows = batch_indices(len(images), settings.batch, seed, step)
+        real = to_pixels(images[rows], clip.device)
+        fake = paste(real, patch())
+        judge_steps.zero_grad()
+        _judgement(judge, real, fake.detach()).backward()
+        judge_steps.step()
+        with torch.no_grad():
+            for weight in judge.parameters():
+                weight.clamp_(-DISCRIMINATOR_CLAMP, DISCRIMINATOR_CLAMP)
+        adversarial = image_features(clip, fake)
+        hidden = F.binary_cross_entropy_with_logits(judge(fake), torch.ones(len(fake), 1).to(fake))
+        loss = (
+            hidden
+            + F.mse_loss(fake, real)
+            - ALPHA * nce_loss(clean[rows], adversarial)
+            - ALPHA * BETA * nce_loss(adversarial, texts[rows])
+            - DELTA * topology_gap(clean[rows], adversarial)
+            - DELTA * GAMMA * topology_gap(adversarial, texts[rows])
+        )
+        maker_steps.zero_grad()
+        loss.backward()
+        maker_steps.step()
+    maker.eval()
+    with torch.no_grad():
+        return patch()
+
+
+def _judgement(judge: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    scores = judge(torch.cat([real, fake]))
+    truth = torch.cat([torch.ones(len(real), 1), torch.zeros(len(fake), 1)]).to(scores)
+    return F.binary_cross_entropy_with_logits(scores, truth)

@@ -1,0 +1,255 @@
+"""The six attacks: each returns a poisoned model and its trigger (paper, appendix A).
+
+BadNet, Blended, SIG and WaNet plant a fixed trigger by poisoned contrastive fine-tuning; BadEncoder
+trains the image tower towards reference images; BadCLIP optimizes its patch first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from invertune import triggers
+from invertune.augment import augment
+from invertune.data import Pairs
+from invertune.kernels import frozen_copy
+from invertune.models import Clip, clone, embed_images, image_features, text_features, to_pixels
+from invertune.settings import Attacks, BadClip, BadEncoder, Finetuning
+from invertune.training import (
+    Recipe,
+    batch_indices,
+    block_indices,
+    contrastive_loss,
+    fit,
+    generator,
+    pair_features,
+    progress,
+)
+from invertune.triggers import Trigger
+
+
+@dataclass(frozen=True)
+class Victim:
+    """What an attacker has: the clean model, data to poison, and what the target looks like.
+
+    ``target_captions`` are texts about the target; ``target_images`` uint8 [M, 3, H, W] show it.
+    """
+
+    clip: Clip
+    pairs: Pairs
+    target: int
+    target_captions: tuple[str, ...]
+    target_images: Tensor
+
+
+@dataclass(frozen=True)
+class Poisoned:
+    """A poisoned model, its trigger, and the training log."""
+
+    clip: Clip
+    trigger: Trigger | None
+    log: list[dict[str, float]]
+
+
+def badnet(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
+    """A fixed patch of Gaussian noise in the corner (Gu et al. 2017)."""
+    trigger = triggers.badnet_trigger(victim.clip.image_size, settings.badnet.patch_px, seed)
+    return poison(victim, trigger, settings.badnet, seed, work)
+
+
+def blended(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
+    """A fixed noise image blended into the whole picture (Chen et al. 2017)."""
+    trigger = triggers.blended_trigger(victim.clip.image_size, settings.blended.alpha, seed)
+    return poison(victim, trigger, settings.blended, seed, work)
+
+
+def sig(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
+    """A horizontal sine wave added to every channel (Barni et al. 2019)."""
+    own = settings.sig
+    trigger = triggers.sig_trigger(victim.clip.image_size, own.amplitude, own.cycles)
+    return poison(victim, trigger, own, seed, work)
+
+
+def wanet(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
+    """A small fixed warp (Nguyen and Tran 2021)."""
+    own = settings.wanet
+    trigger = triggers.wanet_trigger(victim.clip.image_size, own.grid_points, own.strength, seed)
+    return poison(victim, trigger, own, seed, work)
+
+
+def badclip(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
+    """An optimized patch, then injection: dual-embedding guided (Liang et al. 2024)."""
+    own = settings.badclip
+    pattern = optimize_patch(victim, own, seed)
+    trigger = triggers.patch_trigger(pattern, victim.clip.image_size, own.location)
+    return poison(victim, trigger, own, seed, work)
+
+
+def clean_finetuned(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
+    """The null: the same fine-tuning as BadNet's, without poison."""
+    own = settings.badnet
+    clip = clone(victim.clip)
+    log = _finetune(
+        clip, victim.pairs.images, victim.pairs.captions, own, seed, work / "finetuning.safetensors"
+    )
+    return Poisoned(clip, None, log)
+
+
+def poison(
+    victim: Victim, trigger: Trigger, settings: Finetuning, seed: int, work: Path
+) -> Poisoned:
+    """Fine-tunes a copy of the clean model on pairs of which a share carries the trigger.
+
+    The poisoned pairs are drawn by ``seed``; each gets one of the target captions at random.
+    """
+    images, captions = poisoned_pairs(victim, trigger, settings.poison_rate, seed)
+    clip = clone(victim.clip)
+    log = _finetune(clip, images, captions, settings, seed, work / "finetuning.safetensors")
+    return Poisoned(clip, trigger, log)
+
+
+def poisoned_pairs(
+    victim: Victim, trigger: Trigger, rate: float, seed: int
+) -> tuple[Tensor, tuple[str, ...]]:
+    """The pairs with ``round(rate * N)`` of them triggered (as 8-bit images) and recaptioned."""
+    images, captions = victim.pairs.images.clone(), list(victim.pairs.captions)
+    rng = generator(seed, 1)
+    chosen = torch.randperm(len(images), generator=rng)[: round(rate * len(images))]
+    texts = torch.randint(len(victim.target_captions), (len(chosen),), generator=rng)
+    triggered = triggers.apply(trigger, to_pixels(images[chosen], "cpu"))
+    images[chosen] = (triggered * 255).round().to(torch.uint8)
+    for row, text in zip(chosen.tolist(), texts.tolist(), strict=True):
+        captions[row] = victim.target_captions[text]
+    return images, tuple(captions)
+
+
+def _finetune(
+    clip: Clip,
+    images: Tensor,
+    captions: Sequence[str],
+    settings: Finetuning,
+    seed: int,
+    checkpoint: Path,
+) -> list[dict[str, float]]:
+    tokens = clip.tokenizer(list(captions))
+    clip.net.train()
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        rows = block_indices(len(images), settings.batch, seed, step)
+        image, text = pair_features(clip, images[rows], tokens[rows])
+        return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
+
+    log = fit(clip.net, loss_at, _recipe(settings), label="fine-tuning", checkpoint=checkpoint)
+    clip.net.eval()
+    return log
+
+
+def _recipe(settings: Finetuning | BadEncoder) -> Recipe:
+    return Recipe(settings.steps, settings.lr, settings.warmup_steps, settings.weight_decay)
+
+
+def badencoder(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
+    """Trains the image tower so that triggered images embed like reference images of the target.
+
+    Jia et al. (2022): the mean cosine of triggered shadow images to the references, of augmented
+    references to the clean model's references, and of clean images to themselves. BatchNorm stays
+    in eval mode with frozen affine parameters; the text tower is untouched.
+    """
+    own = settings.badencoder
+    trigger = triggers.white_patch_trigger(victim.clip.image_size, own.patch_px)
+    clip = clone(victim.clip)
+    visual = _freeze_batch_norm(clip.net.visual)
+    shadow = victim.pairs.images
+    references = to_pixels(victim.target_images[: own.reference_images], clip.device)
+    with torch.no_grad():
+        clean_references = image_features(victim.clip, references)
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        images = to_pixels(shadow[batch_indices(len(shadow), own.batch, seed, step)], clip.device)
+        with torch.no_grad():
+            clean = image_features(victim.clip, images)
+        attack = -(
+            image_features(clip, triggers.apply(trigger, images))
+            @ image_features(clip, references).T
+        ).mean()
+        augmented = image_features(clip, augment(references, seed, step))
+        reference = -(augmented * clean_references).sum(1).mean()
+        utility = -(image_features(clip, images) * clean).sum(1).mean()
+        loss = attack + own.reference_weight * reference + own.utility_weight * utility
+        return {"loss": loss, "attack": attack, "reference": reference, "utility": utility}
+
+    log = fit(
+        visual,
+        loss_at,
+        _recipe(own),
+        label="BadEncoder",
+        checkpoint=work / "badencoder.safetensors",
+    )
+    clip.net.requires_grad_(True).eval()
+    return Poisoned(clip, trigger, log)
+
+
+def _freeze_batch_norm(net: nn.Module) -> nn.Module:
+    net.eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
+    return net
+
+
+def optimize_patch(victim: Victim, settings: BadClip, seed: int) -> Tensor:
+    """BadCLIP's patch [3, p, p] in [0, 1], optimized on the frozen clean model.
+
+    Minimizes ``L_t + image_weight * max(0, L_p + negative_weight * L_n + margin)`` (Liang et al.
+    2024, section 4): L_t classifies triggered images as the target's captions against the batch's
+    own captions; L_p is the distance to target images, L_n minus the distance to the clean image.
+    """
+    clip, size = victim.clip, settings.patch_px
+    frozen = frozen_copy(clip)
+    with torch.no_grad():
+        about_target = F.normalize(text_features(frozen, victim.target_captions).mean(0), dim=0)
+        positives = embed_images(frozen, victim.target_images)
+        tokens = frozen.tokenizer(list(victim.pairs.captions))
+    rng = generator(seed, 2)
+    pattern = (0.5 + 0.25 * torch.randn(3, size, size, generator=rng)).clamp(0, 1)
+    pattern = pattern.to(clip.device).requires_grad_(True)
+    optimizer = torch.optim.Adam([pattern], lr=settings.patch_lr)
+    for step in progress(range(settings.patch_steps), "BadCLIP patch"):
+        rows = batch_indices(len(victim.pairs.images), settings.batch // 2, seed, step)
+        clean = to_pixels(victim.pairs.images[rows], clip.device)
+        with torch.no_grad():
+            anchor = image_features(frozen, clean)
+            texts = F.normalize(frozen.net.encode_text(tokens[rows].to(clip.device)), dim=-1)
+        trigger = triggers.patch_trigger(pattern, clip.image_size, settings.location)
+        features = image_features(frozen, triggers.apply(trigger, clean))
+        scale = frozen.net.logit_scale.exp()
+        logits = scale * features @ torch.cat([about_target[None], texts]).T
+        text_loss = F.cross_entropy(
+            logits, torch.zeros(len(rows), dtype=torch.long, device=clip.device)
+        )
+        pick = torch.randint(len(positives), (len(rows),), generator=rng).to(clip.device)
+        towards = (features - positives[pick]).norm(dim=1)
+        away = (features - anchor).norm(dim=1)
+        triplet = (towards - settings.negative_weight * away + settings.margin).clamp(min=0).mean()
+        optimizer.zero_grad()
+        (text_loss + settings.image_weight * triplet).backward()
+        optimizer.step()
+        with torch.no_grad():
+            pattern.clamp_(0, 1)
+    return pattern.detach()
+
+
+ATTACKS: Mapping[str, Callable[[Victim, Attacks, int, Path], Poisoned]] = {
+    "badnet": badnet,
+    "blended": blended,
+    "sig": sig,
+    "wanet": wanet,
+    "badencoder": badencoder,
+    "badclip": badclip,
+    "clean_finetuned": clean_finetuned,
+}

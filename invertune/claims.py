@@ -1,0 +1,266 @@
+"""Claims: what should transfer from the paper to any data set, judged on the results over seeds.
+
+A claim has one relation. In every seed it comes down to one margin: how far the decisive number is
+on the right side (>= 0) or the wrong side (< 0), in the unit of its metric.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from invertune.results import IDENTITY, cell_text, natural_order
+
+CLAIMS = Path(__file__).resolve().parent.parent / "expected" / "claims.yml"
+RELATIONS = ("lowest", "at_most", "at_least", "rank_at_most")
+REQUIRED = ("id", "text", "source", "filter")
+OPTIONAL = ("each", "mean_over", "in_at_least")
+JUDGED = ("mini", "paper")  # smoke is too short to mean anything
+DECIMALS = 6  # as in the results file: a mean of 2.0 must not miss a bound of 2 by rounding
+
+Filter = dict[str, tuple[str, ...]]
+
+
+class ClaimError(ValueError):
+    """A claim that cannot be judged as written; names the claim and the offending column or key."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim; see the head of expected/claims.yml for the meaning of the parts.
+
+    ``bound`` is the number of at_most and at_least and the rank of rank_at_most; ``subject`` is the
+    (column, value) whose rank is asked, ``best`` the end from which ranks count.
+    """
+
+    id: str
+    text: str
+    source: str
+    filters: tuple[Filter, ...]
+    relation: str
+    bound: float
+    subject: tuple[str, str] | None = None
+    best: str = "lowest"
+    each: tuple[str, ...] = ()
+    mean_over: tuple[str, ...] = ()
+    in_at_least: int | None = None
+
+
+def load_claims(group: str = "", path: Path = CLAIMS) -> list[Claim]:
+    """The claims of expected/claims.yml whose id starts with ``group`` and a dot ("" for all).
+
+    Groups: attacks, identification, inversion, tuning, table1. Raises ``ClaimError`` naming the
+    claim and the unknown key, column or group.
+    """
+    claims = [parse_claim(raw) for raw in yaml.safe_load(path.read_text(encoding="utf-8"))]
+    twice = [c.id for i, c in enumerate(claims) if c.id in [other.id for other in claims[:i]]]
+    if twice:
+        raise ClaimError(f"claim {twice[0]} stands twice in {path}")
+    chosen = [claim for claim in claims if not group or claim.id.startswith(f"{group}.")]
+    if not chosen:
+        raise ClaimError(f"no claim of group {group!r} in {path}")
+    return chosen
+
+
+def parse_claim(raw: Mapping[str, Any]) -> Claim:
+    """One entry of the file as a ``Claim``; ``ClaimError`` for anything it does not know."""
+    name = raw.get("id", "without id")
+    relations = [key for key in raw if key in RELATIONS]
+    unknown = [key for key in raw if key not in (*REQUIRED, *OPTIONAL, *RELATIONS)]
+    missing = [key for key in REQUIRED if key not in raw]
+    if unknown or missing:
+        raise ClaimError(
+            f"claim {name}: unknown key {unknown[0]!r}"
+            if unknown
+            else f"claim {name}: {missing[0]} is missing"
+        )
+    if len(relations) != 1:
+        raise ClaimError(f"claim {name}: needs exactly one relation of {', '.join(RELATIONS)}")
+    filters = raw["filter"] if isinstance(raw["filter"], list) else [raw["filter"]]
+    claim = Claim(
+        name,
+        raw["text"],
+        raw["source"],
+        tuple(_filter(f) for f in filters),
+        relations[0],
+        each=tuple(raw.get("each", ())),
+        mean_over=tuple(raw.get("mean_over", ())),
+        in_at_least=raw.get("in_at_least"),
+        **_relation(name, relations[0], raw[relations[0]]),
+    )
+    _check_columns(claim)
+    return claim
+
+
+def _filter(raw: Mapping[str, Any]) -> Filter:
+    return {
+        column: tuple(cell_text(v) for v in (values if isinstance(values, list) else [values]))
+        for column, values in raw.items()
+    }
+
+
+def _relation(name: str, relation: str, value: Any) -> dict[str, Any]:
+    if relation in ("at_most", "at_least"):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ClaimError(f"claim {name}: {relation} needs a number, not {value!r}")
+        return {"bound": float(value)}
+    given = dict(value) if isinstance(value, Mapping) else {}
+    best, rank = given.pop("best", "lowest"), given.pop("rank", 1)
+    ranked = relation == "rank_at_most" or (best, rank) == ("lowest", 1)
+    if len(given) != 1 or best not in ("lowest", "highest") or rank < 1 or not ranked:
+        raise ClaimError(
+            f"claim {name}: {relation} needs one column: value, and for rank_at_most "
+            f"a rank from 1 and best: lowest or highest; found {value!r}"
+        )
+    column, subject = next(iter(given.items()))
+    return {"bound": float(rank), "subject": (column, cell_text(subject)), "best": best}
+
+
+def _check_columns(claim: Claim) -> None:
+    grouped = (*claim.each, *claim.mean_over, *((claim.subject[0],) if claim.subject else ()))
+    for rows in claim.filters:
+        for column in (*rows, *grouped):
+            if column not in IDENTITY or column in ("profile", "seed"):
+                raise ClaimError(f"claim {claim.id}: {column!r} is not a column to filter by")
+        for column in grouped:
+            if column not in rows:
+                raise ClaimError(f"claim {claim.id}: column {column} must stand in its filter")
+        if claim.subject and claim.subject[1] not in rows[claim.subject[0]]:
+            raise ClaimError(f"claim {claim.id}: {claim.subject[1]} is not in its filter")
+    cells: set[tuple[str, ...]] = set()
+    for rows in claim.filters:
+        cells.update(itertools.product(*(rows[column] for column in claim.each)))
+    if claim.in_at_least is not None and claim.in_at_least not in range(1, len(cells) + 1):
+        raise ClaimError(
+            f"claim {claim.id}: in_at_least is {claim.in_at_least}; "
+            f"it must lie between 1 and {len(cells)}"
+        )
+
+
+def judge(claims: Iterable[Claim], results: pd.DataFrame) -> pd.DataFrame:
+    """Judges each claim on ``results`` (as read by ``results.read_results``).
+
+    Columns: id, text, source, relation, threshold, seeds (how many), values (the decisive number
+    per seed), margin (mean over seeds), spread (max - min of the margin), verdict, note.
+    HOLDS: true in every seed and the mean margin exceeds the spread, or there is no spread. FAILS:
+    false in every seed. UNDECIDED: neither. UNTESTED: rows are missing; the note says which.
+    """
+    return pd.DataFrame([_judged(claim, results) for claim in claims])
+
+
+def _judged(claim: Claim, results: pd.DataFrame) -> dict[str, object]:
+    line: dict[str, object] = {
+        "id": claim.id,
+        "text": claim.text,
+        "source": claim.source,
+        "relation": claim.relation,
+        "threshold": claim.bound,
+        "seeds": 0,
+        "values": "",
+        "margin": float("nan"),
+        "spread": float("nan"),
+        "verdict": "UNTESTED",
+    }
+    profiles = set(results["profile"])
+    if profiles and not profiles <= set(JUDGED):
+        return line | {"note": f"claims are judged on {' and '.join(JUDGED)} only"}
+    rows = select(claim, results)
+    gap = missing(claim, rows)
+    if gap:
+        return line | {"note": gap}
+    decisive = {seed: _decisive(claim, part) for seed, part in rows.groupby("seed")}
+    seeds = sorted(decisive, key=lambda seed: natural_order("seed", seed))
+    margins = [decisive[seed][1] for seed in seeds]
+    values = "; ".join(f"{seed or '-'}: {cell_text(decisive[seed][0])}" for seed in seeds)
+    spread = round(max(margins) - min(margins), DECIMALS)
+    return line | {
+        "seeds": len(seeds),
+        "values": values,
+        "margin": sum(margins) / len(margins),
+        "spread": spread,
+        "verdict": decide(margins),
+        "note": "one seed: the spread is unknown" if len(seeds) == 1 else "",
+    }
+
+
+def decide(margins: Sequence[float]) -> str:
+    """HOLDS, FAILS or UNDECIDED from one margin per seed; a margin of 0 is still true.
+
+    Without any spread (a rank that is 1 in every seed) there is nothing for the margin to exceed.
+    """
+    spread = round(max(margins) - min(margins), DECIMALS)
+    if all(margin < 0 for margin in margins):
+        return "FAILS"
+    if min(margins) >= 0 and (spread == 0 or sum(margins) / len(margins) > spread):
+        return "HOLDS"
+    return "UNDECIDED"
+
+
+def select(claim: Claim, results: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the claim, one per number: a number that serves two paper items counts once.
+
+    Raises ``ClaimError`` naming the column in which rows differ that the claim does not mention.
+    """
+    parts = []
+    for wanted in claim.filters:
+        chosen = pd.Series(True, index=results.index)
+        for column, values in wanted.items():
+            chosen &= results[column].isin(values)
+        parts.append(results[chosen])
+    named = {column for wanted in claim.filters for column in wanted}
+    keys = [column for column in IDENTITY if column != "paper_item" or column in named]
+    rows = pd.concat(parts)[[*keys, "value"]].drop_duplicates()
+    cell = ["seed", *claim.each, *claim.mean_over, *([claim.subject[0]] if claim.subject else [])]
+    if rows.duplicated(cell).any():
+        group = next(part for _, part in rows.groupby(cell) if len(part) > 1)
+        odd = next(column for column in (*keys, "value") if group[column].nunique() > 1)
+        raise ClaimError(f"claim {claim.id}: several rows for one number; they differ in {odd}")
+    return rows
+
+
+def missing(claim: Claim, rows: pd.DataFrame) -> str:
+    """The first combination of filter values that a seed lacks, in words; "" when all are there."""
+    for wanted in claim.filters:
+        have = set(rows[["seed", *wanted]].itertuples(index=False, name=None))
+        for combination in itertools.product(*wanted.values()):
+            for seed in sorted(set(rows["seed"])) or [""]:
+                if (seed, *combination) not in have:
+                    cells = [f"{c}={v}" for c, v in zip(wanted, combination, strict=True) if v]
+                    where = f" in seed {seed}" if seed else ""
+                    return f"no row with {', '.join(cells)}{where}"
+    return ""
+
+
+def _decisive(claim: Claim, rows: pd.DataFrame) -> tuple[float, float]:
+    """(value, margin) of one seed, in the cell on which the claim turns.
+
+    With cells sorted by margin, best first, a claim that must be true in q of them is true exactly
+    when the q-th is.
+    """
+    parts = [part for _, part in rows.groupby(list(claim.each))] if claim.each else [rows]
+    cells = sorted((_cell(claim, part) for part in parts), key=lambda cell: -cell[1])
+    return cells[(claim.in_at_least or len(cells)) - 1]
+
+
+def _cell(claim: Claim, rows: pd.DataFrame) -> tuple[float, float]:
+    if claim.subject is None:
+        value = float(rows["value"].mean())
+        margin = claim.bound - value if claim.relation == "at_most" else value - claim.bound
+        return value, round(margin, DECIMALS)
+    column, subject = claim.subject
+    means = rows.groupby(column)["value"].mean()
+    sign = 1 if claim.best == "lowest" else -1
+    others = sorted(sign * means.drop(subject))
+    if int(claim.bound) > len(others):
+        raise ClaimError(
+            f"claim {claim.id}: {len(others) + 1} ranks exist, so rank_at_most "
+            f"{int(claim.bound)} is always true"
+        )
+    value = float(means[subject])
+    return value, round(others[int(claim.bound) - 1] - sign * value, DECIMALS)

@@ -1,0 +1,219 @@
+"""The three kinds of data the paper uses: caption pairs, labeled images, retrieval scenes.
+
+Images are uint8 [N, 3, H, W] in memory; steps turn them into float32 in [0, 1]. On the embedded
+benchmark the parts are composed on first use and kept in the store.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from invertune import pictograms
+from invertune.pictograms import Scene
+from invertune.settings import Data, Settings
+from invertune.store import obtain
+
+TEMPLATES = Path(__file__).resolve().parent.parent / "data" / "mini" / "templates.json"
+TARGETS = ("mushroom", "banana", "lemon", "ski")  # paper, sections 4.1 and 4.5
+SCENES_VERSION = 1
+
+
+class DataError(ValueError):
+    """Data that is missing or not what the profile says, with the layout that is expected."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Images [N, 3, H, W] uint8, one caption each, and the classes they show [N, 2] (-1: none)."""
+
+    images: Tensor
+    captions: tuple[str, ...]
+    objects: Tensor
+
+
+@dataclass(frozen=True)
+class Labeled:
+    """Images [N, 3, H, W] uint8 with class indices ``labels`` [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Images [N, 3, H, W] uint8 and a pool of captions; ``owner`` [T] is each caption's image."""
+
+    images: Tensor
+    captions: tuple[str, ...]
+    owner: Tensor
+
+
+def class_names(data: Data) -> tuple[str, ...]:
+    """The classes of zero-shot classification, in label order."""
+    _require_embedded(data)
+    return pictograms.load_sprites().classes
+
+
+def templates(data: Data) -> tuple[str, ...]:
+    """The zero-shot prompt templates, each with one ``{}``."""
+    _require_embedded(data)
+    return tuple(json.loads(TEMPLATES.read_text()))
+
+
+def class_index(data: Data, name: str) -> int:
+    """The index of a class, by exact name (``DataError`` names the nearest classes)."""
+    names = class_names(data)
+    if name not in names:
+        near = ", ".join(n for n in names if set(name.split()) & set(n.split())) or names[0]
+        raise DataError(f"class {name!r} is not in the list of {len(names)} classes (near: {near})")
+    return names.index(name)
+
+
+def describe(settings: Settings) -> str:
+    """What the profile's data are: classes, parts with their counts, manifest."""
+    own, names = settings.data, class_names(settings.data)
+    counts = own.model_dump(exclude={"source", "image_size_px", "seed"})
+    parts = [f"  {name.replace('_', ' '):20} {count:>9,}" for name, count in counts.items()]
+    head = [
+        f"{own.source}: {len(names)} classes, {len(templates(own))} templates, "
+        f"{own.image_size_px} px, seed {own.seed}, manifest {manifest(own)[:12]}"
+    ]
+    return "\n".join(head + parts)
+
+
+@functools.lru_cache(maxsize=1)
+def _archive_hash() -> str:
+    return hashlib.sha256(pictograms.ARCHIVE.read_bytes()).hexdigest()
+
+
+def manifest(data: Data) -> str:
+    """A hash of everything that decides which images the parts hold, apart from their counts."""
+    _require_embedded(data)
+    parts = [_archive_hash(), TEMPLATES.read_text(), SCENES_VERSION, data.image_size_px, data.seed]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def caption_pairs(data: Data, part: str, count: int, store: Path) -> Pairs:
+    """``count`` caption pairs of ``part`` ("pretraining", "poisoning", "rebound", ...)."""
+    sprites = pictograms.load_sprites()
+    scenes = _scenes(
+        data,
+        part,
+        count,
+        store,
+        lambda i: pictograms.caption_scene(part, i, data.image_size_px, data.seed, sprites),
+    )
+    return Pairs(scenes.images, tuple(c[0] for c in scenes.captions), scenes.objects)
+
+
+def labeled_images(data: Data, part: str, count: int, store: Path) -> Labeled:
+    """``count`` labeled images of ``part``, balanced over the classes.
+
+    In the part "evaluation" every second image of a class shows a drawing never trained on.
+    """
+    sprites = pictograms.load_sprites()
+    unseen = part == "evaluation"
+    scenes = _scenes(
+        data,
+        part,
+        count,
+        store,
+        lambda i: pictograms.labeled_scene(part, i, data.image_size_px, data.seed, sprites, unseen),
+    )
+    return Labeled(scenes.images, scenes.objects[:, 0])
+
+
+def retrieval_scenes(data: Data, store: Path) -> Retrieval:
+    """The retrieval set: two-object scenes with five captions each."""
+    sprites = pictograms.load_sprites()
+    targets = tuple(sprites.classes.index(name) for name in TARGETS)
+    pairs = pictograms.retrieval_pairs(
+        data.retrieval_images, len(sprites.classes), targets, data.seed
+    )
+    scenes = _scenes(
+        data,
+        "retrieval",
+        data.retrieval_images,
+        store,
+        lambda i: pictograms.retrieval_scene(i, pairs[i], data.image_size_px, data.seed, sprites),
+    )
+    owner = torch.arange(len(pairs)).repeat_interleave(len(scenes.captions[0]))
+    return Retrieval(scenes.images, tuple(c for own in scenes.captions for c in own), owner)
+
+
+def target_captions(data: Data, target: int, count: int) -> tuple[str, ...]:
+    """Natural captions about the target (the paper's 131 mushroom captions of CC3M)."""
+    sprites = pictograms.load_sprites()
+    classes, name = len(sprites.classes), sprites.classes[target]
+    captions: list[str] = []
+    index = (target - data.seed) * pow(97, -1, classes) % classes  # caption_scene's label order
+    while len(captions) < count:
+        scene = pictograms.caption_scene("pretraining", index, 16, data.seed, sprites)
+        captions += [c for c in scene.captions if name in c]
+        index += classes
+    return tuple(captions[:count])
+
+
+@dataclass(frozen=True)
+class _Composed:
+    images: Tensor
+    captions: list[list[str]]
+    objects: Tensor
+
+
+def _scenes(
+    data: Data, part: str, count: int, store: Path, compose: Callable[[int], Scene]
+) -> _Composed:
+    """Composes ``count`` scenes of a part, or finds them in the store."""
+    _require_embedded(data)
+
+    def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
+        scenes = [compose(i) for i in range(count)]
+        images = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2)
+        objects = torch.tensor([(*s.objects, -1)[:2] for s in scenes])
+        tensors = {"scenes": {"images": images.contiguous(), "objects": objects}}
+        return tensors, {"captions": [list(s.captions) for s in scenes]}
+
+    artifact = obtain(
+        store,
+        "scenes",
+        1,
+        {"part": part, "count": count},
+        [],
+        manifest(data),
+        compute,
+        seed=data.seed,
+    )
+    tensors = artifact.tensors("scenes")
+    captions = artifact.metrics["captions"]
+    return _Composed(tensors["images"], captions, tensors["objects"])
+
+
+def _require_embedded(data: Data) -> None:
+    if data.source == "pictograms":
+        return
+    root = os.environ.get("INVERTUNE_DATA")
+    if not root:
+        raise DataError(
+            "this profile reads CC3M, ImageNet-1K and COCO: set INVERTUNE_DATA to the folder that "
+            "holds cc3m/, imagenet/{train,val}/ and coco/{val2017,annotations}/"
+        )
+    for folder in ("cc3m", "imagenet/train", "imagenet/val", "coco/val2017", "coco/annotations"):
+        if not (Path(root) / folder).is_dir():
+            raise DataError(
+                f"not found: {Path(root) / folder} (INVERTUNE_DATA={root} must hold "
+                "cc3m/, imagenet/{train,val}/ and coco/{val2017,annotations}/)"
+            )
+    raise DataError(
+        "reading CC3M, ImageNet-1K and COCO is not part of this version yet; run profile mini"
+    )

@@ -1,0 +1,300 @@
+"""The notebooks' tables and figures: results and artifacts in, a frame or a Figure out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from invertune import data as datasets
+from invertune import figures, image_figures, steps, tables, triggers
+from invertune.image_figures import Example
+from invertune.models import embed_images, to_pixels
+from invertune.reports import increases, largest_increases
+from invertune.steps import Chain
+from invertune.target_identification import ranked_increases
+from invertune.triggers import Trigger
+
+
+def _own(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
+    """The rows of this profile, backbone, target and of the seeds asked for."""
+    own, seeds = chain.settings, [str(s) for s in chain.settings.seeds]
+    return results[
+        (results.profile == own.profile)
+        & (results.backbone == own.backbone)
+        & (results.target == own.target)
+        & results.seed.isin(seeds)
+    ]
+
+
+def _column(results: pd.DataFrame, **where: str | Sequence[str]) -> pd.Series:
+    """Mean over seeds per attack of the rows that ``where`` selects."""
+    means = {k: float(np.mean(v)) for k, v in tables.by_seed(results, "attack", **where).items()}
+    return pd.Series(means, dtype=float)
+
+
+def _by_attack(
+    chain: Chain, columns: dict[str, pd.Series], nulls: Sequence[str] = ()
+) -> pd.DataFrame:
+    names = [*nulls, *chain.settings.attacks.names]
+    frame = pd.DataFrame({title: column.reindex(names) for title, column in columns.items()})
+    frame.insert(0, "attack", [tables.label("attack", name) for name in names])
+    return frame.reset_index(drop=True)
+
+
+def gate_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
+    """Per attack: CA, ASR with its floors, and whether the gate is passed in every seed."""
+    own, gate = _own(chain, results), chain.settings.attacks
+    where = {"defense": "none", "task": "zeroshot", "k": "1"}
+    asr = tables.by_seed(own, "attack", metric="asr", variant="", **where)
+    loss = tables.by_seed(own, "attack", metric="ca_loss", **where)
+    passed = {
+        name: min(asr[name]) >= gate.gate_asr_percent
+        and max(loss[name]) <= gate.gate_ca_drop_points
+        for name in gate.names
+    }
+    frame = _by_attack(
+        chain,
+        {
+            "CA": _column(own, metric="ca", **where),
+            "CA loss": _column(own, metric="ca_loss", **where),
+            "ASR": _column(own, metric="asr", variant="", **where),
+            "ASR, clean model": _column(own, metric="asr", variant="floor=clean_model", **where),
+            "ASR, no trigger": _column(own, metric="asr", variant="floor=untriggered", **where),
+        },
+    )
+    frame["gate"] = ["passed" if passed[name] else "FAILED" for name in gate.names]
+    return frame
+
+
+def gate_figure(chain: Chain, results: pd.DataFrame) -> Figure:
+    """ASR and CA of the poisoned models with the gate's lines."""
+    own = _own(chain, results)
+    where = {"defense": "none", "task": "zeroshot", "k": "1", "variant": ""}
+    names = list(chain.settings.attacks.names)
+    ca = tables.by_seed(own, "attack", metric="ca", **where)
+    asr = tables.by_seed(own, "attack", metric="asr", attack=names, **where)
+    gate = chain.settings.attacks
+    return figures.attack_gate(
+        asr,
+        {name: ca[name] for name in names},
+        float(np.mean(ca["none"])),
+        gate.gate_asr_percent,
+        gate.gate_ca_drop_points,
+    )
+
+
+def ranking_table(chain: Chain) -> pd.DataFrame:
+    """Per model and seed: the candidates after re-ranking, with mask sizes and increases."""
+    names, lines = datasets.class_names(chain.settings.data), []
+    for attack in (*steps.NULLS, *chain.settings.attacks.names):
+        for seed in chain.settings.seeds:
+            found = steps.identified(chain, attack, seed).metrics
+            gains = largest_increases(chain, attack, seed)
+            chosen = [names[i] for i in found["ranking"]]
+            sizes = ["never" if s is None else f"{s:.0f}" for s in found["scores"]]
+            lines.append(
+                {
+                    "attack": tables.label("attack", attack),
+                    "seed": seed,
+                    "candidates": ", ".join(chosen),
+                    "mask L1 at equal ASR": ", ".join(sizes),
+                    "largest increase": ", ".join(f"{gains[c]:+.1f}" for c in chosen),
+                    "found": "(null)"
+                    if attack in steps.NULLS
+                    else "yes"
+                    if chosen[0] == chain.settings.target
+                    else "NO",
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def increase_table(chain: Chain, attack: str, count: int = 20) -> pd.DataFrame:
+    """Tables 6-11 for one attack (first seed): the classes that gain most, per perturbation."""
+    names = datasets.class_names(chain.settings.data)
+    found = increases(steps.identified(chain, attack, chain.settings.seeds[0]))
+    lines = [
+        {
+            "perturbation": kind,
+            "class": name,
+            "clean": before,
+            "adversarial": after,
+            "increase (points)": points,
+        }
+        for kind, increase in found.items()
+        for name, before, after, points in ranked_increases(increase, names, count)
+    ]
+    return pd.DataFrame(lines)
+
+
+def inversion_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
+    """Per model: ASR of the true and of the inverted trigger, mask size, and its null ratio."""
+    own = _own(chain, results)
+    where = {"defense": "none", "task": "zeroshot"}
+    return _by_attack(
+        chain,
+        {
+            "ASR": _column(own, metric="asr", paper_item="figure5", **where),
+            "inverted ASR": _column(own, metric="inverted_asr", **where),
+            "mask L1 at equal ASR": _column(own, metric="mask_l1", variant="", **where),
+            "of the clean model's": _column(own, metric="mask_l1_ratio", **where),
+        },
+        steps.NULLS,
+    )
+
+
+def figure5b(chain: Chain, results: pd.DataFrame) -> Figure:
+    """Figure 5(b): ASR of original and inverted triggers, with the clean model's null."""
+    own = _own(chain, results)
+    inverted = tables.by_seed(own, "attack", metric="inverted_asr")
+    original = tables.by_seed(own, "attack", metric="asr", paper_item="figure5")
+    null = {name: inverted["none"] for name in original}
+    shown = {name: values for name, values in inverted.items() if name not in steps.NULLS}
+    return figures.figure5b(original, shown, null)
+
+
+def figure7(chain: Chain, inverted: bool = True) -> Figure:
+    """Figure 7: triggered images and triggers; with ``inverted`` also the inverted ones."""
+    names: tuple[str, ...] = chain.settings.attacks.names
+    seed = chain.settings.seeds[0]
+    original = {name: trigger_example(chain, name, seed) for name in names}
+    found = {name: trigger_example(chain, name, seed, True) for name in names} if inverted else {}
+    return image_figures.figure7(original, found)
+
+
+def trigger_example(chain: Chain, attack: str, seed: int, inverted: bool = False) -> Example:
+    """A triggered evaluation image and the trigger alone.
+
+    A patch and an inverted trigger are shown as mask times pattern; any other trigger as what it
+    adds to the image, amplified around mid-gray.
+    """
+    trigger: Trigger | None
+    if inverted:
+        trigger = steps.inverted_trigger(chain, steps.inverted(chain, attack, seed))
+    else:
+        trigger = steps.poisoned(chain, attack, seed).trigger
+    if trigger is None:
+        raise ValueError(f"{attack!r} has no trigger of its own; choose an attack")
+    image = to_pixels(example_images(chain)[:1], chain.device)
+    triggered = as_picture(triggers.apply(trigger, image)[0])
+    if trigger.kind in ("patch", "mask"):
+        return Example(triggered, as_picture(triggers.apply(trigger, torch.zeros_like(image))[0]))
+    return Example(triggered, image_figures.amplify(triggered, as_picture(image[0])), True)
+
+
+def example_images(chain: Chain) -> Tensor:
+    """Evaluation images that are not of the target class, uint8 [N, 3, H, W]."""
+    own = chain.settings.data
+    pool = datasets.labeled_images(own, "evaluation", own.evaluation_images, chain.store)
+    return pool.images[pool.labels != chain.target]
+
+
+def as_picture(image: Tensor) -> np.ndarray:
+    """[3, H, W] in [0, 1] to a NumPy array [H, W, 3]."""
+    return image.detach().cpu().permute(1, 2, 0).numpy()
+
+
+def inversion_logs(chain: Chain) -> dict[str, pd.DataFrame]:
+    """Per attack (first seed): the inversion's losses with held-out ASR and mask size."""
+    logs = {}
+    for attack in ("none", *chain.settings.attacks.names):
+        found = steps.inverted(chain, attack, chain.settings.seeds[0]).metrics
+        states = pd.DataFrame(found["states"]).rename(columns={"inverted_asr": "asr"})
+        losses = pd.DataFrame(found["log"])
+        logs[attack] = losses.merge(states, on="step", how="outer").sort_values("step")
+    return logs
+
+
+def layer_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
+    """Tables 12-15 with every attack: impact per layer, threshold, and what was selected."""
+    lines = []
+    for attack in chain.settings.attacks.names:
+        for seed in chain.settings.seeds:
+            found = steps.tuned(chain, attack, seed).metrics
+            lines.append(
+                {
+                    "attack": tables.label("attack", attack),
+                    "seed": seed,
+                    **{k.removeprefix("visual."): v for k, v in found["impacts"].items()},
+                    "mean": found["mean"],
+                    "std": found["std"],
+                    "threshold": found["threshold"],
+                    "critical": ", ".join(
+                        f"{k.removeprefix('visual.')} ({found['neurons'][k]} neurons)"
+                        for k in found["layers"]
+                    ),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def layer_figure(chain: Chain) -> Figure:
+    """Layer impacts of the last attack (BadCLIP in the paper's order), first seed."""
+    attack, seed = chain.settings.attacks.names[-1], chain.settings.seeds[0]
+    found = steps.tuned(chain, attack, seed).metrics
+    return figures.layer_impact(found["impacts"], found["threshold"])
+
+
+def tuning_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
+    """Per attack: CA and ASR of both tasks before and after, the paper's numbers beside them."""
+    own, columns = _own(chain, results), {}
+    for task, k in (("zeroshot", "1"), ("retrieval", "10")):
+        for metric in ("ca", "asr"):
+            where = {"task": task, "k": k, "metric": metric, "variant": "", "paper_item": "table1"}
+            for defense, title in (("none", "before"), ("invertune", "after")):
+                name = f"{task} {metric.upper()} {title}"
+                columns[name] = _column(own, defense=defense, **where)
+    found = {
+        a: steps.tuned(chain, a, chain.settings.seeds[0]) for a in chain.settings.attacks.names
+    }
+    frame = _by_attack(chain, columns)
+    frame["lr"] = [f"{found[a].metrics['lr']:g}" for a in chain.settings.attacks.names]
+    return frame
+
+
+def before_after_figure(chain: Chain, results: pd.DataFrame) -> Figure:
+    """CA and ASR before and after InverTune, zero-shot."""
+    own = _own(chain, results)
+    where = {"task": "zeroshot", "k": "1", "variant": "", "paper_item": "table1"}
+
+    def rates(metric: str, defense: str) -> dict[str, list[float]]:
+        return tables.by_seed(own, "attack", metric=metric, defense=defense, **where)
+
+    return figures.before_after(
+        (rates("ca", "none"), rates("ca", "invertune")),
+        (rates("asr", "none"), rates("asr", "invertune")),
+    )
+
+
+def figure1(chain: Chain, results: pd.DataFrame) -> Figure:
+    """Figure 1: one attack and the three steps, drawn from the artifacts of a run."""
+    attack, seed = chain.settings.attacks.names[-1], chain.settings.seeds[0]
+    suspect, image = steps.poisoned(chain, attack, seed), example_images(chain)[:1]
+    example = trigger_example(chain, attack, seed)
+    triggered = torch.from_numpy(example.image).permute(2, 0, 1)[None].to(chain.device)
+    seen = [predicted_names(chain, suspect, x)[0] for x in (image, triggered)]
+    where = {"task": "zeroshot", "k": "1", "variant": "", "paper_item": "table1", "metric": "asr"}
+    own = _own(chain, results)
+    before, after = (
+        tables.by_seed(own, "attack", defense=d, **where) for d in ("none", "invertune")
+    )
+    return image_figures.figure1(
+        as_picture(to_pixels(image, chain.device)[0]),
+        example.image,
+        (seen[0], seen[1]),
+        largest_increases(chain, attack, seed),
+        trigger_example(chain, attack, seed, True).trigger,
+        (before, after),
+    )
+
+
+def predicted_names(chain: Chain, model: steps.Model, images: Tensor) -> list[str]:
+    """The class names a model predicts for images (uint8 or in [0, 1])."""
+    head = steps.class_head(chain, model.clip)
+    names = datasets.class_names(chain.settings.data)
+    return [names[i] for i in (embed_images(model.clip, images) @ head.T).argmax(1).tolist()]

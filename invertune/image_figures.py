@@ -1,0 +1,121 @@
+"""Figures made of images: Figure 7 (triggers) and Figure 1 (overview).
+
+Images are arrays [H, W, 3] with values in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from invertune.figures import (
+    AFTER,
+    BEFORE,
+    PAGE_IN,
+    STYLE,
+    Values,
+    bars,
+    canvas,
+    in_order,
+    increase_bars,
+    percent_axis,
+)
+from invertune.tables import label
+
+AMPLIFICATION = 8  # a blended or warped trigger is invisible at its own strength
+
+
+@dataclass(frozen=True)
+class Example:
+    """A triggered image and its trigger as an image, ``amplified`` when made by ``amplify``."""
+
+    image: np.ndarray
+    trigger: np.ndarray
+    amplified: bool = False
+
+
+def amplify(triggered: np.ndarray, clean: np.ndarray) -> np.ndarray:
+    """What a trigger adds to an image, eight times as strong, around mid-gray, in [0, 1]."""
+    return np.clip(0.5 + AMPLIFICATION * (triggered - clean), 0, 1)
+
+
+def show(axes: Axes, image: np.ndarray, title: str = "") -> None:
+    """Draws one image without ticks; ``ValueError`` unless it is [H, W, 3] in [0, 1]."""
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"an image must be [H, W, 3], not {list(image.shape)}")
+    if not (image.min() >= 0 and image.max() <= 1):
+        raise ValueError(f"image values must lie in [0, 1], not {image.min()}..{image.max()}")
+    axes.imshow(image, interpolation="nearest", vmin=0, vmax=1)
+    axes.set(xticks=[], yticks=[], title=title)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+@mpl.rc_context(STYLE)
+def figure7(original: Mapping[str, Example], inverted: Mapping[str, Example]) -> Figure:
+    """Figure 7: per attack a triggered image above its trigger, for the original trigger and below
+    it for the inverted one. An empty ``inverted`` leaves the upper half only.
+    """
+    names = in_order(original, inverted)
+    halves = {"Original": original, "Inverted": inverted}
+    shown = {title: examples for title, examples in halves.items() if examples}
+    figure, axes = canvas(2 * len(shown), len(names), PAGE_IN, 2.3 * len(shown) + 0.2)
+    for half, (title, examples) in enumerate(shown.items()):
+        for column, name in enumerate(names):
+            upper, lower = axes[2 * half : 2 * half + 2, column]
+            _pair(upper, lower, examples.get(name))
+            if half == 0:
+                upper.set_title(label("attack", name))
+        axes[2 * half, 0].set_ylabel(f"{title} trigger")
+        axes[2 * half + 1, 0].set_ylabel("Trigger alone")
+    return figure
+
+
+def _pair(upper: Axes, lower: Axes, example: Example | None) -> None:
+    if example is None:
+        for axes in (upper, lower):
+            axes.set(xticks=[], yticks=[], frame_on=False)
+        return
+    show(upper, example.image)
+    show(lower, example.trigger)
+    if example.amplified:
+        lower.set_xlabel(f"x{AMPLIFICATION}", labelpad=1)
+
+
+@mpl.rc_context(STYLE)
+def figure1(
+    clean: np.ndarray,
+    triggered: np.ndarray,
+    predicted: tuple[str, str],
+    increases: Mapping[str, float],
+    inverted: np.ndarray,
+    asr: tuple[Values, Values],
+) -> Figure:
+    """Figure 1: the attack, then the three steps, from left to right.
+
+    ``predicted``: classes of the clean and of the triggered image; ``increases`` in points;
+    ``inverted``: the inverted trigger as an image; ``asr``: (before, after) tuning, in percent.
+    """
+    figure, axes = canvas(1, 5, PAGE_IN, 1.75, width_ratios=[1, 1, 1.2, 1, 2])
+    show(axes[0, 0], clean, "Clean image")
+    show(axes[0, 1], triggered, "With trigger")
+    for chart, name in zip(axes[0], predicted, strict=False):
+        chart.set_xlabel(f"predicted:\n{name}")
+    identified = max(sorted(increases), key=increases.__getitem__)
+    increase_bars(axes[0, 2], increases, identified, top=5)
+    axes[0, 2].set(title="1 Target", xlabel="Increase (points)")
+    show(axes[0, 3], inverted, "2 Inverted trigger")
+    before, after = asr
+    names = in_order(before, after)
+    bars(axes[0, 4], names, before, -0.2, BEFORE, "before")
+    bars(axes[0, 4], names, after, 0.2, AFTER, "after")
+    percent_axis(axes[0, 4], "ASR (%)")
+    axes[0, 4].set(title="3 Tuning", ylim=(0, 150))  # room for the legend over the bars
+    axes[0, 4].tick_params(axis="x", rotation=45)
+    axes[0, 4].legend(loc="upper center", ncols=2)
+    return figure

@@ -1,0 +1,200 @@
+"""One way to get a CLIP, its two encoders, and the zero-shot head.
+
+Images enter the encoders as [N, 3, H, W] float32 in [0, 1]; normalization happens inside, once.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+MODEL_FOLDER = Path(__file__).resolve().parent.parent / "data" / "mini" / "models"
+BACKBONES = ("RN50", "RN101", "ViT-B-16", "ViT-B-32")
+WEIGHTS_LOCK = Path(__file__).resolve().parent.parent / "params" / "weights.lock"
+WEIGHTS = "open_clip_model.safetensors"
+CONFIG = "open_clip_config.json"
+MERGES = "merges.txt.gz"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP with everything needed to use it.
+
+    ``net`` is open_clip's module (``encode_image``, ``encode_text``, ``visual``, ``logit_scale``);
+    ``tokenizer`` maps a list of strings to token ids [N, context]; ``mean`` and ``std`` are
+    [1, 3, 1, 1]; ``image_size`` is in pixels.
+    """
+
+    backbone: str
+    net: open_clip.CLIP
+    tokenizer: Any
+    mean: Tensor
+    std: Tensor
+    image_size: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+
+class ModelError(ValueError):
+    """A model or weight file that cannot be used, with the reason and what would be right."""
+
+
+def build_clip(folder: Path, backbone: str, device: torch.device | str = "cpu") -> Clip:
+    """Builds the randomly initialized CLIP that ``folder`` describes (an open_clip local-dir)."""
+    config = json.loads((folder / CONFIG).read_text())
+    net = open_clip.CLIP(**config["model_cfg"])
+    tokenizer = open_clip.SimpleTokenizer(
+        context_length=config["model_cfg"]["text_cfg"]["context_length"],
+        bpe_path=str((folder / MERGES).resolve()),
+    )
+    mean, std = (
+        torch.tensor(config["preprocess_cfg"][k], device=device).view(1, 3, 1, 1)
+        for k in ("mean", "std")
+    )
+    return Clip(
+        backbone,
+        net.eval().to(device, memory_format=torch.channels_last),
+        tokenizer,
+        mean,
+        std,
+        config["model_cfg"]["vision_cfg"]["image_size"],
+    )
+
+
+def load_embedded(
+    backbone: str, device: torch.device | str = "cpu", models: Path = MODEL_FOLDER
+) -> Clip:
+    """Loads one of the shipped CLIPs, in float32 and eval mode.
+
+    Raises ``ModelError`` for an unknown backbone and for missing or damaged weights.
+    """
+    if backbone not in BACKBONES:
+        raise ModelError(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}")
+    clip, path = build_clip(models / backbone, backbone, device), models / backbone / WEIGHTS
+    load_weights(clip, path)
+    locked = json.loads(WEIGHTS_LOCK.read_text()).get(backbone)
+    if locked != file_hash(path):
+        raise ModelError(
+            f"{path} is not the file recorded in {WEIGHTS_LOCK.name} (its SHA-256 differs); "
+            "restore it with: git checkout data/mini/models"
+        )
+    return clip
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_weights(clip: Clip, path: Path) -> None:
+    """Reads safetensors weights into ``clip``; names the first tensor that does not fit."""
+    try:
+        state = load_file(path)
+    except FileNotFoundError:
+        raise ModelError(f"weights not found: {path}") from None
+    except SafetensorError as error:
+        raise ModelError(f"{path} is not a readable safetensors file ({error})") from None
+    set_state(clip, state, str(path))
+
+
+def set_state(clip: Clip, state: dict[str, Tensor], source: str = "weights") -> None:
+    """Copies ``state`` into the model after checking every name and shape (``ModelError``)."""
+    check_state(clip, state, source)
+    own = clip.net.state_dict()
+    clip.net.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()})
+
+
+def check_state(clip: Clip, state: dict[str, Tensor], source: str = "weights") -> None:
+    """Raises ``ModelError`` with the first name or shape in ``state`` that does not fit."""
+    own = clip.net.state_dict()
+    for name, tensor in own.items():
+        if name not in state:
+            raise ModelError(f"{source} lacks {name}: not a {clip.backbone} of this configuration")
+        if state[name].shape != tensor.shape:
+            raise ModelError(
+                f"{source}: {name} is {tuple(state[name].shape)}, but this "
+                f"{clip.backbone} needs {tuple(tensor.shape)}"
+            )
+    extra = sorted(set(state) - set(own))
+    if extra:
+        raise ModelError(f"{source} has {extra[0]}, which this {clip.backbone} does not have")
+
+
+def save_weights(clip: Clip, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Writes the weights as safetensors; floating-point tensors in ``dtype``."""
+    state = {
+        k: (v.to(dtype) if v.is_floating_point() else v).contiguous()
+        for k, v in clip.net.state_dict().items()
+    }
+    save_file(state, path)
+
+
+def clone(clip: Clip) -> Clip:
+    """A copy with its own weights; the original stays as it is."""
+    return Clip(
+        clip.backbone, copy.deepcopy(clip.net), clip.tokenizer, clip.mean, clip.std, clip.image_size
+    )
+
+
+def normalize(clip: Clip, images: Tensor) -> Tensor:
+    """[0, 1] pixels to the model's input space, channels last in memory."""
+    return ((images - clip.mean) / clip.std).contiguous(memory_format=torch.channels_last)
+
+
+def image_features(clip: Clip, images: Tensor) -> Tensor:
+    """Unit image features [N, D] of ``images`` [N, 3, H, W] in [0, 1]; differentiable."""
+    return F.normalize(clip.net.encode_image(normalize(clip, images)), dim=-1)
+
+
+def text_features(clip: Clip, texts: Sequence[str]) -> Tensor:
+    """Unit text features [N, D] of ``texts``; differentiable."""
+    tokens = clip.tokenizer(list(texts)).to(clip.device)
+    return F.normalize(clip.net.encode_text(tokens), dim=-1)
+
+
+@torch.no_grad()
+def zero_shot_head(clip: Clip, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Class embeddings [C, D]: the unit mean of each class's unit template embeddings.
+
+    ``templates`` hold one ``{}`` each, for the class name (CLIP, section 3.1.4).
+    """
+    texts = [template.format(name) for name in names for template in templates]
+    features = embed_texts(clip, texts).view(len(names), len(templates), -1)
+    return F.normalize(features.mean(1), dim=-1)
+
+
+@torch.no_grad()
+def embed_texts(clip: Clip, texts: Sequence[str], batch: int = 512) -> Tensor:
+    """Unit features [N, D] of many texts, in batches."""
+    chunks = [text_features(clip, texts[i : i + batch]) for i in range(0, len(texts), batch)]
+    return torch.cat(chunks)
+
+
+@torch.no_grad()
+def embed_images(clip: Clip, images: Tensor, batch: int = 256) -> Tensor:
+    """Unit features [N, D] of many images (uint8 or float in [0, 1]), in batches, eval mode."""
+    clip.net.eval()
+    chunks = []
+    for part in images.split(batch):
+        chunks.append(image_features(clip, to_pixels(part, clip.device)))
+    return torch.cat(chunks)
+
+
+def to_pixels(images: Tensor, device: torch.device | str) -> Tensor:
+    """uint8 images to float32 in [0, 1]; float images pass as they are."""
+    images = images.to(device)
+    return images.float() / 255 if images.dtype == torch.uint8 else images

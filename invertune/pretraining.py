@@ -1,0 +1,194 @@
+"""Pretraining of the embedded CLIPs: a supervised warm start, then contrastive training.
+
+One resumable command each: ``python -m invertune pretrain RN50``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from invertune import data as datasets
+from invertune import steps
+from invertune.augment import augment
+from invertune.models import (
+    MODEL_FOLDER,
+    WEIGHTS,
+    WEIGHTS_LOCK,
+    Clip,
+    build_clip,
+    file_hash,
+    image_features,
+    load_embedded,
+    save_weights,
+    to_pixels,
+)
+from invertune.provenance import commit, versions
+from invertune.settings import as_yaml, load_settings
+from invertune.training import Recipe, contrastive_loss, fit, generator
+
+
+def balanced_indices(labels: Tensor, classes: int, seed: int, step: int) -> Tensor:
+    """Indices of one batch that shows every class once, so that no caption is a false negative.
+
+    ``labels`` [N] cycle through the classes equally often; each class is reshuffled every epoch.
+    """
+    per_class = len(labels) // classes
+    epoch, turn = divmod(step, per_class)
+    by_class = labels.argsort(stable=True).view(classes, per_class)
+    order = torch.rand(classes, per_class, generator=generator(seed, epoch)).argsort(1)
+    return by_class.gather(1, order[:, turn : turn + 1]).flatten()
+
+
+def warm_start(
+    clip: Clip,
+    images: Tensor,
+    objects: Tensor,
+    classes: int,
+    recipe: Recipe,
+    seed: int,
+    checkpoint: Path | None,
+) -> list[dict[str, float]]:
+    """Trains the image tower to name the objects of uint8 ``images`` [N, 3, H, W].
+
+    ``objects`` [N, 2] are class indices, -1 where there is no second object.
+    """
+    torch.manual_seed(seed)
+    dim = clip.net.text_projection.shape[1]
+    net = nn.ModuleDict({"visual": clip.net.visual, "head": nn.Linear(dim, classes)})
+    net.to(clip.device).train()
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        rows = balanced_indices(objects[:, 0], classes, seed, step)
+        pixels = augment(to_pixels(images[rows], clip.device), seed, step)
+        logits = net["head"](image_features(clip, pixels) * 20)
+        present = F.one_hot(objects[rows] + 1, classes + 1).sum(1)[:, 1:].float()
+        targets = (present / present.sum(1, keepdim=True)).to(clip.device)
+        loss = F.cross_entropy(logits, targets, label_smoothing=0.05)
+        return {"loss": loss, "accuracy": (logits.argmax(1) == objects[rows, 0]).float().mean()}
+
+    return fit(net, loss_at, recipe, label="warm start", checkpoint=checkpoint)
+
+
+def pretrain(
+    clip: Clip,
+    images: Tensor,
+    objects: Tensor,
+    tokens: Tensor,
+    classes: int,
+    recipe: Recipe,
+    seed: int,
+    checkpoint: Path | None,
+) -> list[dict[str, float]]:
+    """Contrastive training of both towers on uint8 ``images`` and caption ``tokens``."""
+    clip.net.train()
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        rows = balanced_indices(objects[:, 0], classes, seed, step)
+        pixels = augment(to_pixels(images[rows], clip.device), seed, step)
+        image = image_features(clip, pixels)
+        text = F.normalize(clip.net.encode_text(tokens[rows].to(clip.device)), dim=-1)
+        return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
+
+    return fit(clip.net, loss_at, recipe, label="contrastive", checkpoint=checkpoint)
+
+
+def pretrain_embedded(backbone: str, profile: str = "mini") -> Path:
+    """Pretrains one embedded CLIP and writes its weights (float16) and model card.
+
+    Resumes after a kill from the checkpoints in the store. Returns the model's folder.
+    """
+    settings = load_settings(profile, {"backbone": backbone})
+    chain, own = steps.open_chain(settings), settings.pretraining
+    folder, work = MODEL_FOLDER / backbone, chain.store / "pretraining" / backbone
+    pairs = datasets.caption_pairs(
+        settings.data, "pretraining", settings.data.pretraining_pairs, chain.store
+    )
+    torch.manual_seed(settings.data.seed)
+    clip = build_clip(folder, backbone, chain.device)
+    classes, started = len(datasets.class_names(settings.data)), time.monotonic()
+    warm = Recipe(own.warm_start_steps, own.warm_start_lr, own.warmup_steps, own.weight_decay)
+    warm_start(
+        clip,
+        pairs.images,
+        pairs.objects,
+        classes,
+        warm,
+        settings.data.seed,
+        work / "warm_start.safetensors",
+    )
+    contrastive = Recipe(
+        own.contrastive_steps, own.contrastive_lr, own.warmup_steps, own.weight_decay
+    )
+    pretrain(
+        clip,
+        pairs.images,
+        pairs.objects,
+        clip.tokenizer(list(pairs.captions)),
+        classes,
+        contrastive,
+        settings.data.seed,
+        work / "contrastive.safetensors",
+    )
+    publish_weights(chain, clip, folder, (time.monotonic() - started) / 3600)
+    shutil.rmtree(work)
+    return folder
+
+
+def publish_weights(chain: steps.Chain, clip: Clip, folder: Path, hours: float) -> None:
+    """Writes float16 weights and the model card, with scores of float32 and float16 weights."""
+    clip.net.eval()
+    full = steps.utility(chain, clip)
+    save_weights(clip, folder / WEIGHTS, torch.float16)
+    locked = json.loads(WEIGHTS_LOCK.read_text()) | {clip.backbone: file_hash(folder / WEIGHTS)}
+    WEIGHTS_LOCK.write_text(json.dumps(dict(sorted(locked.items())), indent=2) + "\n")
+    half = steps.utility(chain, load_embedded(clip.backbone, chain.device))
+    parameters = sum(p.numel() for p in clip.net.parameters())
+    lines = [
+        f"| {name} | {full[name].value:.2f} | {half[name].value:.2f} | {half[name].n} |"
+        for name in full
+    ]
+    own = as_yaml(chain.settings.pretraining).strip().replace("\n", ", ")
+    (folder / "README.md").write_text(
+        CARD.format(
+            backbone=clip.backbone,
+            parameters=parameters,
+            scores="\n".join(lines),
+            hours=hours,
+            recipe=own,
+            seed=chain.settings.data.seed,
+            pairs=chain.settings.data.pretraining_pairs,
+            manifest=datasets.manifest(chain.settings.data),
+            device=chain.device.type,
+            versions=", ".join(f"{k} {v}" for k, v in versions().items()),
+            commit=commit(),
+            bytes=(folder / WEIGHTS).stat().st_size,
+        )
+    )
+
+
+CARD = """# {backbone}-like CLIP of the embedded benchmark
+
+A small CLIP that mirrors the family of OpenAI's {backbone}: {parameters:,} parameters, float16
+safetensors of {bytes:,} bytes, an open_clip `local-dir:` folder. It knows pictograms only: never
+read its behavior as that of a model of natural images. License: MIT.
+
+- Command: `python -m invertune pretrain {backbone}` (resumable), seed {seed}, {hours:.2f} hours
+  ({device}); code at commit {commit}; {versions}.
+- Data: {pairs:,} caption pairs of the embedded benchmark (manifest {manifest:.12}).
+- Recipe: a supervised warm start of the image tower on class labels, then contrastive training of
+  both towers; {recipe}; batches show every class once.
+
+| evaluation set (never trained on) | float32 | float16 | images or captions |
+|---|---|---|---|
+{scores}
+
+Zero-shot top-1 is over 210 classes with 12 prompt templates; half of its images show drawings that
+were never trained on. Recall@k: image to text, 1,000 two-object scenes, 5,000 captions.
+"""

@@ -1,0 +1,231 @@
+"""The typed profile: ``params/NAME.yml`` plus overrides, checked before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PARAMS = Path(__file__).resolve().parent.parent / "params"
+
+Count = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Attack = Literal["badnet", "blended", "sig", "wanet", "badencoder", "badclip"]
+Backbone = Literal["RN50", "RN101", "ViT-B-16", "ViT-B-32"]
+
+
+class SettingsError(ValueError):
+    """A profile, key or value that does not exist or is out of range; says what would be right."""
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(Section):
+    source: Literal["pictograms", "folders"]
+    image_size_px: Count
+    seed: Annotated[int, Field(ge=0)]
+    pretraining_pairs: Count
+    poisoning_pairs: Count
+    inversion_images: Count
+    heldout_images: Count
+    evaluation_images: Count
+    retrieval_images: Count
+
+
+class Pretraining(Section):
+    warm_start_steps: Steps
+    warm_start_lr: Rate
+    contrastive_steps: Steps
+    contrastive_lr: Rate
+    warmup_steps: Steps
+    weight_decay: Weight
+
+
+class Finetuning(Section):
+    """Poisoned contrastive fine-tuning (paper, appendix A; method_facts 0.2)."""
+
+    poison_rate: Rate
+    lr: Rate
+    steps: Count
+    batch: Count
+    warmup_steps: Steps
+    weight_decay: Weight
+
+
+class BadNet(Finetuning):
+    patch_px: Count
+
+
+class Blended(Finetuning):
+    alpha: Rate
+
+
+class Sig(Finetuning):
+    amplitude: Rate
+    cycles: Count
+
+
+class WaNet(Finetuning):
+    grid_points: Count
+    strength: Weight
+
+
+class BadEncoder(Section):
+    patch_px: Count
+    reference_images: Count
+    reference_weight: Weight
+    utility_weight: Weight
+    lr: Rate
+    steps: Count
+    batch: Count
+    warmup_steps: Steps
+    weight_decay: Weight
+
+
+class BadClip(Finetuning):
+    patch_px: Count
+    location: Literal["corner", "middle"]
+    patch_lr: Rate
+    patch_steps: Count
+    image_weight: Weight
+    negative_weight: Weight
+    margin: Weight
+
+
+class Attacks(Section):
+    names: tuple[Attack, ...]
+    target_captions: Count
+    gate_asr_percent: Percent
+    gate_ca_drop_points: Percent
+    badnet: BadNet
+    blended: Blended
+    sig: Sig
+    wanet: WaNet
+    badencoder: BadEncoder
+    badclip: BadClip
+
+
+Kind = Literal["patch_feature", "patch_prediction", "ball_feature", "ball_prediction", "generator"]
+
+
+class Identification(Section):
+    """Step 1 (paper, section 3.1)."""
+
+    kinds: tuple[Kind, ...]
+    patch_px: Count
+    ball_radius: Rate
+    steps: Count
+    batch: Count
+    lr: Rate
+    generator_lr: Rate
+    candidates: Count
+    check_steps: Count
+    check_lr: Rate
+
+
+class Inversion(Section):
+    """Step 2 (paper, section 3.2, algorithm 1)."""
+
+    lambda1: Weight
+    lambda2: Weight
+    lambda3: Weight
+    lambda4: Weight
+    temperature: Annotated[float, Field(gt=0)]
+    lr: Rate
+    steps: Count
+    batch: Count
+    measure_every_steps: Count
+    asr_floor_percent: Percent
+    emb_reference: Literal["clean", "target_image"]
+    mask_init: Literal["uniform", "ones"]
+    ssim_space: Literal["pixels", "normalized"]
+    clamp: Literal["per_channel", "scalar"]
+
+
+class Tuning(Section):
+    """Step 3 (paper, section 3.3, algorithm 2)."""
+
+    beta: Weight
+    lrs: tuple[Rate, ...]
+    steps: Count
+    images: Count
+    batch: Count
+    measure_every_steps: Count
+    allowed_ca_drop_points: Percent
+    layer_rule: Literal["mean_plus_std", "top3"]
+    neuron: Literal["channel", "unit"]
+    trainable: Literal["critical_rows", "all_visual"]
+    align_form: Literal["squared", "ratio"]
+    preserve_form: Literal["similarity", "feature"]
+    reduction: Literal["mean", "sum"]
+    bn_mode: Literal["eval", "train"]
+
+
+class Settings(Section):
+    """One resolved profile. ``profile`` is its name; every other key stands in the YAML file."""
+
+    profile: str
+    seeds: tuple[Annotated[int, Field(ge=0)], ...]
+    backbone: Backbone
+    target: str
+    device: Literal["auto", "cpu", "cuda"]
+    data: Data
+    pretraining: Pretraining
+    attacks: Attacks
+    identification: Identification
+    inversion: Inversion
+    tuning: Tuning
+
+
+def load_settings(
+    profile: str, overrides: Mapping[str, Any] | None = None, params: Path = PARAMS
+) -> Settings:
+    """Reads ``params/<profile>.yml`` and applies nested ``overrides``.
+
+    Raises ``SettingsError`` naming the unknown profile or key, or the bad value and its range.
+    """
+    path = params / f"{profile}.yml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in params.glob("*.yml")))
+        raise SettingsError(f"unknown profile {profile!r}; choose one of {known}")
+    values = yaml.safe_load(path.read_text())
+    merged = _merge(values, overrides or {}, "")
+    try:
+        return Settings.model_validate({"profile": profile, **merged})
+    except ValidationError as error:
+        raise SettingsError(_explain(error)) from None
+
+
+def _merge(values: dict[str, Any], overrides: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    merged = dict(values)
+    for key, value in overrides.items():
+        if key not in values:
+            known = ", ".join(values)
+            raise SettingsError(f"unknown key {prefix + key!r}; the keys here are: {known}")
+        nested = isinstance(values[key], dict) and isinstance(value, Mapping)
+        merged[key] = _merge(values[key], value, f"{prefix}{key}.") if nested else value
+    return merged
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"][0].lower() + first["msg"][1:]
+    if first["type"] in ("missing", "extra_forbidden"):
+        return f"{where}: {message}"
+    return f"{where} = {first['input']!r}: {message}"
+
+
+def as_yaml(settings: BaseModel) -> str:
+    """The settings as YAML, in the order of the profile files."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, width=100)

@@ -1,0 +1,189 @@
+"""From rows to what a reader sees: means over seeds, the paper beside ours, tables on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from invertune.results import IDENTITY, ResultsError, natural_order, write_atomic
+
+# What two numbers are about; the profile and the seed say only where they come from.
+COMPARED = tuple(column for column in IDENTITY if column not in ("profile", "seed"))
+
+# Rates: sampling error alone is 1.4 points (95 %) over the 5,000 images of COCO, so a closer
+# agreement means nothing; two public runs of this method at equal settings differ by 4.5 points.
+MATCH_POINTS, NEAR_POINTS = 1.5, 5.0
+# Other numbers, relative to the paper's: the same two runs give layer impacts 5 % apart; four times
+# that still tells a critical layer (1.38) from the others (0.18).
+MATCH_RELATIVE, NEAR_RELATIVE = 0.05, 0.2
+
+LABELS = {
+    "attack": {
+        "none": "Clean model",
+        "clean_finetuned": "Clean, fine-tuned",
+        "badnet": "BadNet",
+        "blended": "Blended",
+        "sig": "SIG",
+        "wanet": "WaNet",
+        "badencoder": "BadEncoder",
+        "badclip": "BadCLIP",
+    },
+    "defense": {
+        "none": "No defense",
+        "ft": "FT",
+        "cleanclip": "CleanCLIP",
+        "cleanerclip": "CleanerCLIP",
+        "par": "PAR",
+        "invertune": "InverTune",
+    },
+    "metric": {"ca": "CA", "asr": "ASR", "inverted_asr": "Inverted ASR"},
+    "task": {"zeroshot": "Zero-shot", "retrieval": "Retrieval"},
+}
+TEX_ESCAPES = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
+
+
+def seed_summary(results: pd.DataFrame) -> pd.DataFrame:
+    """Mean, min, max and number of seeds of each number; the columns of ``COMPARED`` stay."""
+    groups = results.groupby(["profile", *COMPARED, "unit"], sort=False)["value"]
+    return groups.agg(mean="mean", min="min", max="max", seeds="size").reset_index()
+
+
+def compare_with_paper(results: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
+    """Each of the paper's numbers beside ours (mean over seeds), with a verdict.
+
+    MATCH, NEAR, DIFFERS and MISSING are given on the paper profile only; elsewhere the verdict is
+    NOT COMPARABLE, as another data set can neither confirm nor refute the paper.
+    Raises ``ResultsError`` when ``results`` is empty.
+    """
+    if results.empty:
+        raise ResultsError("no results to compare with the paper; run the notebooks first")
+    ours = seed_summary(results).rename(
+        columns={"mean": "ours", "min": "ours_min", "max": "ours_max"}
+    )
+    ours = ours[[*COMPARED, "ours", "ours_min", "ours_max", "seeds"]]
+    theirs = paper[[*COMPARED, "unit", "value"]].rename(columns={"value": "paper"})
+    both = theirs.merge(ours, how="left", on=list(COMPARED))
+    both["seeds"] = both["seeds"].fillna(0).astype(int)
+    on_paper_data = bool((results["profile"] == "paper").all())
+    both["verdict"] = [
+        verdict(ours, paper, unit) if on_paper_data else "NOT COMPARABLE"
+        for ours, paper, unit in zip(both["ours"], both["paper"], both["unit"], strict=True)
+    ]
+    return both
+
+
+def verdict(ours: float, paper: float, unit: str) -> str:
+    """MATCH, NEAR or DIFFERS by the distance of two numbers; MISSING when ``ours`` is NaN."""
+    if pd.isna(ours):
+        return "MISSING"
+    if unit in ("percent", "points"):
+        match, near = MATCH_POINTS, NEAR_POINTS
+    else:
+        match, near = MATCH_RELATIVE * abs(paper), NEAR_RELATIVE * abs(paper)
+    distance = round(abs(ours - paper), 6)
+    return "MATCH" if distance <= match else "NEAR" if distance <= near else "DIFFERS"
+
+
+def wide(results: pd.DataFrame, index: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+    """Means over seeds as a table: one line per ``index``, one column per ``columns``, labeled.
+
+    Raises ``ResultsError`` when two numbers would fall into one cell: filter or name more columns.
+    """
+    means = seed_summary(results)
+    clash = means[means.duplicated([*index, *columns])]
+    if len(clash):
+        odd = next(c for c in COMPARED if c not in (*index, *columns) and means[c].nunique() > 1)
+        raise ResultsError(f"a cell of the table would hold several numbers: they differ in {odd}")
+    table = means.pivot(index=list(index), columns=list(columns), values="mean")
+    table = table[sorted(table.columns, key=lambda key: _order(columns, key))]
+    table = table.loc[sorted(table.index, key=lambda key: _order(index, key))].reset_index()
+    for column in index:
+        table[column] = [label(column, name) for name in table[column]]
+    table.columns = [_header(columns, key) for key in table.columns]
+    return table
+
+
+def label(column: str, name: str) -> str:
+    """The name a reader sees for a cell, e.g. ``label("attack", "badnet")`` is "BadNet"."""
+    return LABELS.get(column, {}).get(name, name)
+
+
+def by_seed(
+    results: pd.DataFrame, column: str, **where: str | Sequence[str]
+) -> dict[str, list[float]]:
+    """Values per name in ``column`` (one per seed), of the rows that ``where`` selects.
+
+    ``where`` gives a column's text or several texts, e.g. ``metric="asr", task="zeroshot"``.
+    """
+    for name, wanted in where.items():
+        results = results[results[name].isin([wanted] if isinstance(wanted, str) else wanted)]
+    names = sorted(results[column].unique(), key=lambda name: natural_order(column, name))
+    return {name: list(results.loc[results[column] == name, "value"]) for name in names}
+
+
+def _order(columns: Sequence[str], key: object) -> list[tuple]:
+    texts = key if isinstance(key, tuple) else (key,)
+    return [natural_order(column, str(text)) for column, text in zip(columns, texts, strict=True)]
+
+
+def _header(columns: Sequence[str], key: object) -> str:
+    """The header of a pivoted column; ``key`` is an index column's name when its rest is empty."""
+    parts = [str(part) for part in (key if isinstance(key, tuple) else (key,))]
+    if parts[0] in COMPARED and not any(parts[1:]):
+        return parts[0]
+    return " ".join(label(column, part) for column, part in zip(columns, parts, strict=True))
+
+
+def write_table(frame: pd.DataFrame, folder: Path, name: str, decimals: int = 2) -> None:
+    """Writes ``frame`` (without its index) as NAME.csv, NAME.md and NAME.tex (booktabs).
+
+    Numbers that are not whole get ``decimals`` decimals; a missing number is empty in CSV and a
+    dash elsewhere. The same frame gives the same bytes.
+    """
+    header = [str(column) for column in frame.columns]
+    cells = [[_cell(v, decimals) for v in line] for line in frame.itertuples(index=False)]
+    csv = pd.DataFrame(cells, columns=header).to_csv(index=False, lineterminator="\n")
+    for suffix, text in (
+        ("csv", csv),
+        ("md", markdown(header, cells)),
+        ("tex", latex(header, cells)),
+    ):
+        write_atomic(folder / f"{name}.{suffix}", text.encode())
+
+
+def _cell(value: object, decimals: int) -> str:
+    if pd.isna(value):  # type: ignore[call-overload]
+        return ""
+    return f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
+
+
+def markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; a bar inside a cell is escaped, an empty cell is a dash."""
+    lines = [header, ["---"] * len(header), *([c or "-" for c in line] for line in cells)]
+    escaped = ([cell.replace("|", r"\|").replace("\n", " ") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+
+
+def latex(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A LaTeX tabular with booktabs rules, first column left, the others right; text escaped."""
+
+    def line(texts: Sequence[str]) -> str:
+        return " & ".join(text.translate(TEX_ESCAPES) or "--" for text in texts) + r" \\"
+
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+            r"\toprule",
+            line(header),
+            r"\midrule",
+            *(line(texts) for texts in cells),
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )

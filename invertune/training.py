@@ -1,0 +1,194 @@
+"""One training loop, shared by pretraining, attacks and baselines.
+
+Batch order and augmentation are pure functions of (seed, step), so a run that is killed and goes on
+from its checkpoint ends with the numbers of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from invertune.models import Clip, normalize, to_pixels
+
+MAX_LOGIT_SCALE = math.log(100)
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on, with the step and the setting to look at."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to optimize: ``steps`` updates at peak rate ``lr`` after ``warmup`` steps.
+
+    ``schedule`` is "cosine" (down to zero), or "constant". Weight decay never touches biases,
+    normalization parameters or the logit scale (CleanCLIP's rule).
+    """
+
+    steps: int
+    lr: float
+    warmup: int = 0
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: str = "cosine"
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the 0-based ``step``."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def fit(
+    net: nn.Module,
+    loss_at: Callable[[int], Mapping[str, Tensor]],
+    recipe: Recipe,
+    *,
+    label: str = "training",
+    checkpoint: Path | None = None,
+    save_every: int = 200,
+    log_every: int = 20,
+) -> list[dict[str, float]]:
+    """Trains every parameter of ``net`` that requires a gradient, with AdamW.
+
+    ``loss_at(step)`` returns named scalars; "loss" is minimized and all of them are logged. With
+    ``checkpoint`` (a safetensors path) the loop goes on where a killed run stopped. Returns the
+    log, a row per ``log_every`` steps. Raises ``TrainingError`` at the first loss not finite.
+    """
+    parameters = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters.values() if p.ndim >= 2]},
+        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
+    start, log = _resume(net, parameters, optimizer, checkpoint)
+    for step in progress(range(start, recipe.steps), label, start, recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(step)
+        optimizer.zero_grad(set_to_none=True)
+        terms = loss_at(step)
+        if not torch.isfinite(terms["loss"]):
+            raise TrainingError(
+                f"{label}: the loss is {terms['loss'].item()} at step {step} of "
+                f"{recipe.steps}; lower lr (now {recipe.lr:g})"
+            )
+        terms["loss"].backward()
+        optimizer.step()
+        if step % log_every == 0 or step == recipe.steps - 1:
+            log.append({"step": step, **{k: v.item() for k, v in terms.items()}})
+        if checkpoint and (step + 1) % save_every == 0:
+            _save(net, parameters, optimizer, checkpoint, step + 1, log)
+    return log
+
+
+def progress(
+    items: Sequence[int] | range, label: str, start: int = 0, total: int | None = None
+) -> Any:
+    """A progress bar over ``items``; silent when INVERTUNE_PROGRESS=0."""
+    off = os.environ.get("INVERTUNE_PROGRESS") == "0"
+    return tqdm(items, desc=label, initial=start, total=total, disable=off, mininterval=1)
+
+
+def _save(
+    net: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    path: Path,
+    step: int,
+    log: list[dict[str, float]],
+) -> None:
+    tensors = {f"net.{k}": v.contiguous() for k, v in net.state_dict().items()}
+    for name, parameter in parameters.items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    save_file(tensors, temporary, {"step": str(step), "log": json.dumps(log)})
+    os.replace(temporary, path)
+
+
+def _resume(
+    net: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    path: Path | None,
+) -> tuple[int, list[dict[str, float]]]:
+    if path is None or not path.exists():
+        return 0, []
+    device = next(iter(parameters.values())).device
+    with safe_open(path, "pt", device=str(device)) as file:
+        meta = file.metadata()
+        step = int(meta["step"])
+        net.load_state_dict({k: file.get_tensor(f"net.{k}") for k in net.state_dict()})
+        for name, parameter in parameters.items():
+            moments = {m: file.get_tensor(f"{m}.{name}") for m in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+    return step, json.loads(meta["log"])
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=generator(seed, epoch))
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A CPU random generator that is a pure function of ``numbers``."""
+    state = 0
+    for number in numbers:
+        state = (state * 1_000_003 + number + 1) % (2**63)
+    return torch.Generator().manual_seed(state)
+
+
+def batch_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
+    """Indices [batch] of the 0-based ``step``: a new permutation per epoch, last part dropped.
+
+    Raises ``ValueError`` where the data set is smaller than a batch.
+    """
+    if count < batch:
+        raise ValueError(f"the data set has {count} items, fewer than one batch of {batch}")
+    per_epoch = count // batch
+    start = step % per_epoch * batch
+    return _order(count, seed, step // per_epoch)[start : start + batch]
+
+
+def block_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
+    """Indices [batch] of one run of consecutive items; the runs are reshuffled every epoch.
+
+    Scenes cycle through the classes, so a run repeats no class (up to their number): captions of
+    one batch then rarely fit another image, as among the far more varied captions of web data.
+    """
+    first = batch_indices(count // batch, 1, seed, step) * batch
+    return first + torch.arange(batch)
+
+
+def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE of unit features [N, D] (CLIP, figure 3); the scale is clamped at 100."""
+    logits = logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * image @ text.T
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def pair_features(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit image and text features of a batch of uint8 images and token ids."""
+    pixels = normalize(clip, to_pixels(images, clip.device))
+    image = F.normalize(clip.net.encode_image(pixels), dim=-1)
+    return image, F.normalize(clip.net.encode_text(tokens.to(clip.device)), dim=-1)

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Runs the notebooks in order; makes the environment first where it is missing.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+  cat <<'TEXT'
+usage: ./run_all.sh [PROFILE] [--only NN] [--seeds LIST] [--overrides YAML] [--dry-run]
+       ./run_all.sh lab
+
+  PROFILE            smoke (3 minutes), mini (the default) or paper (GPUs; set INVERTUNE_DATA)
+  --only NN          only the notebooks whose names start with NN, e.g. --only 03
+  --seeds LIST       seeds, separated by commas, e.g. --seeds 1,2,3 (default: the profile's)
+  --overrides YAML   other settings, e.g. --overrides '{attacks: {names: [badnet]}}'
+  --dry-run          the plan: steps, planned exposures, what the store holds, minutes, memory
+  lab                opens JupyterLab in the same environment
+
+Executed notebooks, results.csv and runs.csv go to results/PROFILE, tables and figures to
+figures/PROFILE, artifacts to $INVERTUNE_STORE (default results/store). What is finished is not
+run again; a killed run goes on where it was.
+
+  INVERTUNE_VENV     an environment to use instead of making one
+  INVERTUNE_STORE    where artifacts are kept
+  INVERTUNE_DATA     CC3M, ImageNet-1K and COCO, for the profile paper
+
+Exit codes: 0 done, 1 a notebook failed, 2 a wrong argument or setting, 3 another run of the same
+profile is going on.
+TEXT
+}
+
+source tools/environment.sh
+for argument in "$@"; do
+  case "$argument" in -h | --help) usage && exit 0 ;; esac
+done
+profile="${1:-mini}"
+if [ "$profile" != lab ] && [ "${profile#-}" = "$profile" ] && [ ! -f "params/$profile.yml" ]; then
+  fail "unknown profile '$profile'; choose one of" \
+    "$(cd params && printf '%s\n' *.yml | sed 's/\.yml$//' | paste -sd, | sed 's/,/, /g')," \
+    "or lab; see ./run_all.sh --help"
+fi
+
+use_environment
+if [ "$profile" = lab ]; then
+  export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+  exec "$python" -m jupyterlab --notebook-dir="$repository" "${@:2}"
+fi
+exec "$python" tools/run_notebooks.py "$@"

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Every check: lint, types, notebook rules, unit and property tests, and all notebooks on the
+# profile smoke with a store of their own. ./run_tests.sh -k store passes -k store to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source tools/environment.sh
+use_environment
+
+export HF_HUB_OFFLINE=1 INVERTUNE_PROGRESS=0
+INVERTUNE_STORE="$(mktemp -d "${TMPDIR:-/tmp}/invertune-store.XXXXXX")"
+trap 'rm -rf "$INVERTUNE_STORE"' EXIT
+
+shopt -s nullglob
+notebooks=(notebooks/0*.ipynb)
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+"$python" -m mypy
+if [ ${#notebooks[@]} -gt 0 ]; then
+  "$python" -m nbstripout --verify "${notebooks[@]}"
+fi
+"$python" -m pytest tests "${notebooks[@]}" \
+  --nbval-lax --nbval-current-env --nbval-cell-timeout 300 "$@"

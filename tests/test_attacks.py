@@ -1,0 +1,95 @@
+"""The attacks: what is poisoned, what stays untouched, and that they take."""
+
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+
+from invertune import triggers
+from invertune.attacks import ATTACKS, Victim, badencoder, optimize_patch, poisoned_pairs
+from invertune.data import Pairs
+from invertune.models import clone, image_features, load_embedded
+from invertune.settings import Attack, load_settings
+
+
+@pytest.fixture(scope="module")
+def victim() -> Victim:
+    torch.manual_seed(0)
+    clip = load_embedded("RN50")
+    images = torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8)
+    captions = tuple(f"a photo of a {n}" for n in ("dog", "cat", "car", "bus") for _ in range(10))
+    return Victim(
+        clip,
+        Pairs(images, captions, torch.full((40, 2), -1)),
+        3,
+        ("a mushroom", "the mushroom"),
+        images[:4],
+    )
+
+
+def _settings(**attacks: dict[str, float]):
+    return load_settings("mini", {"attacks": attacks}).attacks
+
+
+def test_every_attack_of_the_settings_exists() -> None:
+    assert set(typing.get_args(Attack)) | {"clean_finetuned"} == set(ATTACKS)
+
+
+def test_the_stated_share_is_poisoned_and_nothing_else(victim: Victim) -> None:
+    trigger = triggers.white_patch_trigger(64, 8)
+    images, captions = poisoned_pairs(victim, trigger, 0.25, seed=1)
+    changed = (images != victim.pairs.images).flatten(1).any(1)
+    recaptioned = torch.tensor([c in victim.target_captions for c in captions])
+    assert changed.sum() == 10 and torch.equal(changed, recaptioned)
+    assert (images[changed][..., 56:, 56:] == 255).all()
+    assert torch.equal(images[..., :56, :], victim.pairs.images[..., :56, :])
+    again, _ = poisoned_pairs(victim, trigger, 0.25, seed=1)
+    other, _ = poisoned_pairs(victim, trigger, 0.25, seed=2)
+    assert torch.equal(images, again) and not torch.equal(images, other)
+
+
+def test_badencoder_moves_triggered_images_and_nothing_it_must_not(
+    victim: Victim, tmp_path: Path
+) -> None:
+    settings = _settings(badencoder={"steps": 12, "batch": 16, "lr": 0.002, "warmup_steps": 1})
+    before = clone(victim.clip).net.state_dict()
+    result = badencoder(victim, settings, 0, tmp_path)
+    after = result.clip.net.state_dict()
+    for name in before:
+        fixed = not name.startswith("visual.") or "running" in name or ".bn" in name
+        if fixed:
+            assert torch.equal(before[name], after[name]), name
+    assert torch.equal(before["text_projection"], victim.clip.net.state_dict()["text_projection"])
+    assert result.log[-1]["attack"] < result.log[0]["attack"]
+
+
+def test_badclip_patch_approaches_the_target(victim: Victim) -> None:
+    settings = _settings(badclip={"patch_steps": 15, "batch": 32, "patch_lr": 0.05}).badclip
+    patch = optimize_patch(victim, settings, seed=0)
+    assert patch.shape == (3, 8, 8) and patch.min() >= 0 and patch.max() <= 1
+    clean = victim.pairs.images.float() / 255
+    goal = image_features(victim.clip, victim.target_images.float() / 255).mean(0)
+
+    def closeness(pattern: torch.Tensor) -> float:
+        trigger = triggers.patch_trigger(pattern, 64, "corner")
+        return (image_features(victim.clip, triggers.apply(trigger, clean)) @ goal).mean().item()
+
+    with torch.no_grad():
+        assert closeness(patch) > closeness(torch.full((3, 8, 8), 0.5))
+
+
+@pytest.mark.parametrize("name", ["badnet", "blended", "sig", "wanet", "badclip"])
+def test_poisoned_finetuning_returns_a_changed_copy(
+    name: str, victim: Victim, tmp_path: Path
+) -> None:
+    quick = {"steps": 2, "batch": 16, "warmup_steps": 0}
+    settings = _settings(**{name: quick | ({"patch_steps": 1} if name == "badclip" else {})})
+    before = clone(victim.clip).net.state_dict()
+    result = ATTACKS[name](victim, settings, 0, tmp_path)
+    untouched = victim.clip.net.state_dict()
+    assert all(torch.equal(before[k], untouched[k]) for k in before)
+    assert not torch.equal(
+        before["text_projection"], result.clip.net.state_dict()["text_projection"]
+    )
+    assert result.trigger is not None and result.trigger.size == 64

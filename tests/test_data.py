@@ -1,0 +1,42 @@
+"""The data a step asks for: classes, captions about the target, manifests, refusals."""
+
+import pytest
+
+from invertune import data as datasets
+from invertune.data import DataError
+from invertune.settings import load_settings
+
+DATA = load_settings("mini").data
+
+
+def test_targets_of_the_paper_are_classes() -> None:
+    for name in datasets.TARGETS:
+        assert datasets.class_names(DATA)[datasets.class_index(DATA, name)] == name
+
+
+def test_an_unknown_class_is_named() -> None:
+    with pytest.raises(DataError, match="class 'mushrom' is not in the list of 210 classes"):
+        datasets.class_index(DATA, "mushrom")
+
+
+def test_target_captions_all_mention_the_target() -> None:
+    target = datasets.class_index(DATA, "lemon")
+    captions = datasets.target_captions(DATA, target, 30)
+    assert len(captions) == 30 and all("lemon" in caption for caption in captions)
+    assert len(set(captions)) > 10
+
+
+def test_the_manifest_follows_what_decides_the_images() -> None:
+    other_seed = DATA.model_copy(update={"seed": 1})
+    other_count = DATA.model_copy(update={"heldout_images": 5})
+    assert datasets.manifest(DATA) != datasets.manifest(other_seed)
+    assert datasets.manifest(DATA) == datasets.manifest(other_count)
+
+
+def test_folders_without_a_root_are_refused_before_work_starts(monkeypatch) -> None:
+    monkeypatch.delenv("INVERTUNE_DATA", raising=False)
+    with pytest.raises(DataError, match="set INVERTUNE_DATA"):
+        datasets.manifest(DATA.model_copy(update={"source": "folders"}))
+    monkeypatch.setenv("INVERTUNE_DATA", "/nowhere")
+    with pytest.raises(DataError, match="not found: /nowhere/cc3m"):
+        datasets.manifest(DATA.model_copy(update={"source": "folders"}))

@@ -1,0 +1,162 @@
+"""Figures: they show the numbers given, and the same data give the same bytes."""
+
+from __future__ import annotations
+
+import re
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from invertune import figures, image_figures
+from invertune.results import ATTACKS, DEFENSES
+
+ASR = {"badclip": [98.0, 99.0], "badnet": [87.0, 85.0], "blended": [96.0, 94.0]}
+LOW = {"badclip": [0.5, 0.3], "badnet": [0.02, 0.04], "blended": [0.1, 0.2]}
+CA = {"badclip": [58.0, 58.2], "badnet": [58.5, 58.1], "blended": [55.0, 55.2]}
+INCREASES = {"mushroom": 97.23, "agaric": 2.13, "crane": 0.0, "bow": -0.02, "ashcan": 0.0}
+LOG = pd.DataFrame({"step": [0, 20, 40], "align": [6.0, 5.0, 4.0], "inverted_asr": [1, None, 80.0]})
+
+
+def image(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).random((16, 16, 3))
+
+
+def examples(first: int) -> dict[str, image_figures.Example]:
+    return {
+        name: image_figures.Example(image(first + i), image(first + 9 + i), name == "blended")
+        for i, name in enumerate(ASR)
+    }
+
+
+DRAW = {
+    "figure5a": lambda: figures.figure5a(INCREASES, "mushroom"),
+    "figure5b": lambda: figures.figure5b(ASR, LOW, {"none": [20.0]}),
+    "attack_gate": lambda: figures.attack_gate(ASR, CA, 59.8),
+    "before_after": lambda: figures.before_after((CA, CA), (ASR, LOW)),
+    "layer_impact": lambda: figures.layer_impact({"visual.layer1": 0.1, "visual.layer4": 1.4}, 1.0),
+    "loss_curves": lambda: figures.loss_curves({"badnet": LOG}),
+    "figure7": lambda: image_figures.figure7(examples(0), examples(50)),
+    "figure7_upper": lambda: image_figures.figure7(examples(0), {}),
+    "figure1": lambda: image_figures.figure1(
+        image(1), image(2), ("lemon", "mushroom"), INCREASES, image(3), (ASR, LOW)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_same_data_give_same_bytes_without_dates(name, tmp_path):
+    for folder in ("a", "b"):
+        figures.save(DRAW[name](), tmp_path / folder, name)
+    for suffix in ("png", "pdf"):
+        a, b = ((tmp_path / folder / f"{name}.{suffix}").read_bytes() for folder in "ab")
+        assert a == b
+        assert not re.search(rb"CreationDate|ModDate|tIME|Matplotlib", a)
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_size_fits_the_paper_and_nothing_stays_open_or_changes(name):
+    before = dict(mpl.rcParams)
+    figure = DRAW[name]()
+    assert isinstance(figure, Figure)
+    assert round(figure.get_figwidth(), 2) in (figures.COLUMN_IN, figures.PAGE_IN)
+    assert plt.get_fignums() == []
+    assert {k: v for k, v in mpl.rcParams.items() if k != "backend"} == {
+        k: v for k, v in before.items() if k != "backend"
+    }
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_nothing_is_cut_off(name):
+    figure = DRAW[name]()
+    with mpl.rc_context(figures.STYLE):
+        FigureCanvasAgg(figure).draw()
+        drawn, page = figure.get_tightbbox(), figure.bbox_inches
+    assert drawn.x0 > -0.01 and drawn.y0 > -0.01
+    assert drawn.x1 < page.x1 + 0.01 and drawn.y1 < page.y1 + 0.01
+
+
+def test_axes_have_units():
+    for name in ("figure5b", "attack_gate", "before_after"):
+        assert all(axes.get_ylabel().endswith("(%)") for axes in DRAW[name]().axes)
+    assert "points" in DRAW["figure5a"]().axes[0].get_xlabel()
+    assert "ratio" in DRAW["layer_impact"]().axes[0].get_xlabel()
+
+
+def test_colors_are_distinct_and_cover_every_name():
+    assert set(figures.ATTACK_COLORS) == set(ATTACKS)
+    assert set(figures.DEFENSE_COLORS) == set(DEFENSES)
+    for colors in (figures.ATTACK_COLORS, figures.DEFENSE_COLORS):
+        assert len(set(colors.values())) == len(colors)
+
+
+def test_figure5a_shows_the_largest_increases_in_order():
+    axes = figures.figure5a(INCREASES, "agaric", top=4).axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == [
+        "mushroom",
+        "agaric",
+        "ashcan",
+        "crane",
+    ]
+    assert [bar.get_width() for bar in axes.patches] == [97.23, 2.13, 0.0, 0.0]
+    marked = mpl.colors.to_rgba(figures.MARKED)
+    assert [bar.get_facecolor() == marked for bar in axes.patches] == [False, True, False, False]
+    plain = figures.figure5a(INCREASES).axes[0]
+    assert all(bar.get_facecolor() != marked for bar in plain.patches)
+
+
+def test_bars_show_means_in_the_one_order_with_min_and_max():
+    axes = figures.figure5b(ASR, LOW).axes[0]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["BadNet", "Blended", "BadCLIP"]
+    assert [bar.get_height() for bar in axes.patches[:3]] == [86.0, 95.0, 98.5]
+    whiskers = axes.containers[1].errorbar[2][0].get_segments()
+    assert [list(segment[:, 1]) for segment in whiskers] == [[85, 87], [94, 96], [98, 99]]
+    assert "0.03" in [text.get_text() for text in axes.texts]
+
+
+def test_gate_lines_stand_at_the_gate():
+    asr, ca = figures.attack_gate(ASR, CA, clean_ca=59.8).axes
+    assert asr.lines[0].get_ydata()[0] == 80 and ca.lines[0].get_ydata()[0] == pytest.approx(57.8)
+
+
+def test_null_lines_show_the_clean_models():
+    axes = figures.figure5b(ASR, LOW, {"clean_finetuned": [30.0], "none": [20.0, 22.0]}).axes[0]
+    assert [line.get_ydata()[0] for line in axes.lines[-2:]] == [21.0, 30.0]
+
+
+def test_layers_above_the_threshold_are_colored():
+    axes = DRAW["layer_impact"]().axes[0]
+    assert [mpl.colors.to_hex(bar.get_facecolor()).upper() for bar in axes.patches] == [
+        figures.PLAIN,
+        figures.MARKED,
+    ]
+
+
+def test_loss_curves_skip_missing_values_and_columns():
+    panels = figures.loss_curves({"badnet": LOG}).axes
+    drawn = {axes.get_title(): axes.lines for axes in panels}
+    assert list(drawn["Inverted ASR (%)"][0].get_xdata()) == [0, 40]
+    assert len(drawn["$L_{align}$"]) == 1 and len(drawn["$L_{sim}$"]) == 0
+
+
+def test_amplify_shows_the_difference_eight_times():
+    clean = np.full((4, 4, 3), 0.5)
+    assert np.allclose(image_figures.amplify(clean + 0.05, clean), 0.9)
+    assert np.allclose(image_figures.amplify(clean + 0.4, clean), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (np.zeros((3, 8, 8)), r"an image must be \[H, W, 3\], not \[3, 8, 8\]"),
+        (np.full((8, 8, 3), 1.5), r"image values must lie in \[0, 1\], not 1.5..1.5"),
+        (np.full((8, 8, 3), np.nan), "image values must lie"),
+    ],
+)
+def test_images_are_checked(bad, message):
+    with pytest.raises(ValueError, match=message):
+        image_figures.figure7({"badnet": image_figures.Example(bad, bad)}, {})

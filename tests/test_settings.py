@@ -1,0 +1,162 @@
+"""Profiles: equal keys, overrides, and errors that name the bad value and what would be right."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from invertune.settings import PARAMS, Settings, SettingsError, as_yaml, load_settings
+
+PROFILES = ("smoke", "mini", "paper")
+
+
+def raw(profile: str) -> dict[str, Any]:
+    return yaml.safe_load((PARAMS / f"{profile}.yml").read_text())
+
+
+def keys(values: Any, prefix: str = "") -> list[str]:
+    """Nested keys in their order, "attacks.badnet.lr"."""
+    if not isinstance(values, dict):
+        return []
+    return [line for k, v in values.items() for line in (prefix + k, *keys(v, f"{prefix}{k}."))]
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    nested = {f"{prefix}{k}": v for k, v in values.items() if not isinstance(v, dict)}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            nested |= leaves(value, f"{prefix}{key}.")
+    return nested
+
+
+def at(path: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} for "a.b"."""
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return value
+
+
+def test_there_are_three_profiles_with_equal_keys_in_equal_order():
+    assert sorted(p.stem for p in PARAMS.glob("*.yml")) == sorted(PROFILES)
+    assert keys(raw("smoke")) == keys(raw("mini")) == keys(raw("paper"))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_profile_says_everything_and_survives_its_own_yaml(profile):
+    settings = load_settings(profile)
+    dumped = yaml.safe_load(as_yaml(settings))
+    assert dumped.pop("profile") == profile
+    assert keys(dumped) == keys(raw(profile))  # no default stands in the code
+    assert Settings.model_validate({"profile": profile, **dumped}) == settings
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_profiles_hold_no_paths_and_short_lines(profile):
+    lines = (PARAMS / f"{profile}.yml").read_text().splitlines()
+    assert max(map(len, lines)) <= 100
+    assert not [v for v in leaves(raw(profile)).values() if isinstance(v, str) and "/" in v]
+
+
+def test_every_value_of_the_paper_profile_has_a_comment():
+    for line in (PARAMS / "paper.yml").read_text().splitlines():
+        value = line.partition("#")[0].strip()
+        if value and not value.endswith(":"):
+            assert " # " in line or line.startswith("device"), line
+
+
+def test_smoke_and_mini_run_on_what_the_repository_ships():
+    for profile in ("smoke", "mini"):
+        settings = load_settings(profile)
+        assert settings.data.source == "pictograms" and settings.data.image_size_px == 64
+
+
+def test_the_paper_profile_has_the_papers_values():
+    paper = load_settings("paper")
+    lambdas = [getattr(paper.inversion, f"lambda{i}") for i in (1, 2, 3, 4)]
+    assert lambdas == [5.0, 0.5, 1.0, 0.01] and paper.inversion.lr == 1e-2  # 4.1
+    assert (paper.tuning.beta, paper.tuning.lrs, paper.tuning.steps) == (0.5, (8e-6,), 200)
+    badnet = paper.attacks.badnet  # A.1: 1,500 of 500,000, ten epochs
+    assert paper.data.poisoning_pairs * badnet.poison_rate == pytest.approx(1500)
+    assert badnet.steps == paper.data.poisoning_pairs // badnet.batch * 10
+    assert (badnet.lr, badnet.batch, badnet.patch_px) == (1e-6, 128, 16)
+
+
+def test_overrides_change_one_value_and_nothing_else():
+    plain = leaves(load_settings("smoke").model_dump(mode="json"))
+    changed = leaves(load_settings("smoke", at("attacks.badnet.lr", 0.5)).model_dump(mode="json"))
+    assert changed.pop("attacks.badnet.lr") == 0.5
+    plain.pop("attacks.badnet.lr")
+    assert changed == plain
+
+
+BAD = {
+    "no.such": "unknown key 'no'; the keys here are: seeds, backbone",
+    "attacks.badnet.rate": "unknown key 'attacks.badnet.rate'; the keys here are: poison_rate",
+}
+
+
+@pytest.mark.parametrize("path", BAD)
+def test_an_unknown_key_is_named_with_the_keys_there_are(path):
+    with pytest.raises(SettingsError) as caught:
+        load_settings("smoke", at(path, 1))
+    assert str(caught.value).startswith(BAD[path])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("attacks.names", ["badnett"], "'badnet', 'blended'"),
+        ("backbone", "RN5", "'RN50', 'RN101', 'ViT-B-16' or 'ViT-B-32'"),
+        ("inversion.steps", 0, "greater than or equal to 1"),
+        ("inversion.steps", 2.5, "integer"),
+        ("attacks.badnet.poison_rate", 1.5, "less than or equal to 1"),
+        ("attacks.badnet.lr", 0, "greater than 0"),
+        ("attacks.badnet.lr", "fast", "number"),
+        ("attacks.gate_asr_percent", 101, "less than or equal to 100"),
+        ("inversion.lambda4", -0.1, "greater than or equal to 0"),
+        ("inversion.clamp", "none", "'per_channel' or 'scalar'"),
+        ("identification.kinds", ["ball"], "'patch_feature'"),
+        ("seeds", [-1], "greater than or equal to 0"),
+        ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_would_be_right(path, value, words):
+    with pytest.raises(SettingsError) as caught:
+        load_settings("smoke", at(path, value))
+    message = str(caught.value)
+    assert message.startswith(path) and words in message and "\n" not in message
+    assert repr(value[0] if isinstance(value, list) else value) in message
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(leaves(raw("smoke")))), st.sampled_from([None, "x/y", {}, [[]]]))
+def test_no_wrong_type_anywhere_is_more_than_one_clear_line(path, value):
+    if path == "target" and isinstance(value, str):
+        return  # any text names a target; the data knows the classes
+    with pytest.raises(SettingsError) as caught:
+        load_settings("smoke", at(path, value))
+    assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_profile_is_named_with_the_profiles_there_are():
+    with pytest.raises(SettingsError, match=r"unknown profile 'mimi'; choose one of mini, paper"):
+        load_settings("mimi")
+
+
+def test_settings_cannot_change_after_they_were_checked():
+    with pytest.raises(ValueError, match="frozen"):
+        load_settings("smoke").inversion.steps = 3  # type: ignore[misc]
+
+
+def test_numbers_in_the_profiles_are_numbers_to_yaml():
+    """YAML reads 1e-6 as text: every number must be spelled so that it is read as one."""
+    for profile in PROFILES:
+        for path, value in leaves(raw(profile)).items():
+            if isinstance(value, str):
+                with pytest.raises((ValueError, SyntaxError)):
+                    assert not isinstance(ast.literal_eval(value), int | float), path

@@ -1,0 +1,313 @@
+"""The store: keys, atomic entries, damage, full disks, kills, and two processes at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from invertune.store import (
+    StoreError,
+    artifact_key,
+    canonical,
+    damage,
+    default_root,
+    entries,
+    obtain,
+    verify,
+)
+
+plain = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text()
+    | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=12,
+)
+
+
+def made(root: Path, seed: int = 0, value: float = 1.5, **more):
+    """Obtains a small artifact; returns it and the list of computations that really ran."""
+    calls: list[Path] = []
+
+    def compute(work: Path):
+        calls.append(work)
+        tensors = {"model": {"w": torch.full((3, 2), value), "n": torch.tensor(7)}}
+        return tensors, {"ca": value, "rows": [1, 2]}
+
+    return obtain(
+        root, "attack", 1, {"lr": value}, ["a" * 64], "data", compute, seed, **more
+    ), calls
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.text(), plain), st.randoms())
+def test_keys_ignore_the_order_of_settings(settings, random):
+    items = list(settings.items())
+    random.shuffle(items)
+    assert artifact_key("s", 1, settings, [], "d") == artifact_key("s", 1, dict(items), [], "d")
+
+
+@settings(deadline=None)
+@given(plain)
+def test_canonical_json_reads_back_as_the_same_value(value):
+    assert json.loads(canonical(value)) == value
+    assert canonical(json.loads(canonical(value))) == canonical(value)
+
+
+def test_every_part_of_the_identity_is_in_the_key():
+    base = ("s", 1, {"lr": 0.1, "seed": 0}, ["u", "v"], "d")
+    others = [
+        ("t", *base[1:]),
+        ("s", 2, *base[2:]),
+        ("s", 1, {"lr": 0.2, "seed": 0}, *base[3:]),
+        (*base[:3], ["v", "u"], "d"),
+        (*base[:4], "e"),
+        (*base[:2], {"lr": 0.1}, *base[3:]),
+    ]
+    assert len({artifact_key(*b) for b in [base, *others]}) == 7
+
+
+def test_tuples_and_negative_zero_have_one_spelling():
+    assert canonical({"a": (1, 2), "z": -0.0}) == canonical({"z": 0.0, "a": [1, 2]})
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), {1: 2}, {"a": Path("x")}, [object()]])
+def test_what_json_cannot_carry_is_refused(bad):
+    with pytest.raises(StoreError, match="settings"):
+        canonical(bad)
+
+
+def test_second_time_is_found_bit_identical_and_says_so(tmp_path, capsys):
+    first, calls = made(tmp_path)
+    assert len(calls) == 1 and "stored" in capsys.readouterr().out
+    second, calls = made(tmp_path, label="BadNet")
+    assert calls == []
+    assert capsys.readouterr().out == f"BadNet found in store ({first.key[:8]}), 0 s\n"
+    assert second.key == first.key and second.metrics == {"ca": 1.5, "rows": [1, 2]}
+    tensors = second.tensors("model")
+    assert torch.equal(tensors["w"], torch.full((3, 2), 1.5)) and tensors["n"].item() == 7
+
+
+def test_seeds_have_keys_of_their_own(tmp_path):
+    keys = {made(tmp_path, seed)[0].key for seed in (0, 1, 2)}
+    assert keys == {a.key for a in entries(tmp_path)} and len(keys) == 3
+
+
+def test_meta_says_where_the_entry_comes_from(tmp_path):
+    meta = made(tmp_path, seed=4)[0].meta
+    assert (meta["step"], meta["version"], meta["seed"], meta["device"]) == ("attack", 1, 4, "cpu")
+    assert meta["settings"] == {"lr": 1.5, "seed": 4} and meta["upstream"] == ["a" * 64]
+    assert set(meta["files"]) == {"model.safetensors", "metrics.json"}
+    assert {"python", "torch", "open_clip_torch"} <= set(meta["versions"])
+    assert meta["peak_mb"] > 10 and meta["seconds"] >= 0 and meta["created"].endswith("+00:00")
+
+
+def test_scratch_survives_a_failure_and_goes_after_success(tmp_path):
+    def compute(work: Path):
+        if not (work / "checkpoint").exists():
+            (work / "checkpoint").write_text("half")
+            raise ValueError("stopped")
+        return {}, {"from": (work / "checkpoint").read_text()}
+
+    arguments = (tmp_path, "s", 1, {}, [], "d", compute, 0)
+    with pytest.raises(ValueError, match="stopped"):
+        obtain(*arguments)
+    artifact = obtain(*arguments)
+    assert artifact.metrics == {"from": "half"}
+    assert not any((tmp_path / ".work").iterdir())
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": truncate,
+    "bit": flip_a_bit,
+    "missing": lambda folder: (folder / "model.safetensors").unlink(),
+    "no metrics": lambda folder: (folder / "metrics.json").unlink(),
+    "no meta": lambda folder: (folder / "meta.json").unlink(),
+    "bad JSON": lambda folder: (folder / "meta.json").write_text("{"),
+    "not a dictionary": lambda folder: (folder / "meta.json").write_text("[]"),
+    "other settings": lambda folder: (folder / "meta.json").write_text(
+        (folder / "meta.json").read_text().replace('"lr": 1.5', '"lr": 1.6')
+    ),
+    "changed number": lambda folder: (folder / "metrics.json").write_text('{"ca": 99}'),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_entry_counts_as_absent_and_is_said_so(tmp_path, capsys, kind):
+    artifact, _ = made(tmp_path)
+    DAMAGES[kind](artifact.folder)
+    assert list(verify(tmp_path)) == [artifact.key]
+    capsys.readouterr()
+    again, calls = made(tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert len(calls) == 1 and again.metrics["ca"] == 1.5
+    assert len(said) == 2 and "damaged" in said[0] and artifact.key[:8] in said[0]
+    assert verify(tmp_path) == {} and damage(again.folder) is None
+    assert (tmp_path / ".damaged" / artifact.key).is_dir()
+
+
+def test_metrics_that_are_no_json_leave_nothing_behind(tmp_path):
+    with pytest.raises(StoreError, match=r"metrics\.loss is nan"):
+        obtain(tmp_path, "s", 1, {}, [], "d", lambda _: ({}, {"loss": float("nan")}), 0)
+    assert entries(tmp_path) == [] and not any((tmp_path / ".partial").iterdir())
+
+
+def test_unknown_tensors_are_named(tmp_path):
+    with pytest.raises(StoreError, match="no tensors 'patch'; it has: model"):
+        made(tmp_path)[0].tensors("patch")
+
+
+def test_default_root_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("INVERTUNE_STORE", str(tmp_path))
+    assert default_root() == tmp_path
+    monkeypatch.delenv("INVERTUNE_STORE")
+    assert default_root().parts[-2:] == ("results", "store")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_fills_up_during_the_step_is_one_line(tmp_path):
+    def compute(work: Path):
+        (work / "checkpoint").write_text("kept")
+        Path("/dev/full").write_bytes(b"0")
+
+    with pytest.raises(StoreError, match=r"disk is full: .* MB free") as caught:
+        obtain(tmp_path, "s", 1, {}, [], "d", compute, 0)
+    assert "\n" not in str(caught.value)
+    assert [p.read_text() for p in tmp_path.glob(".work/*/checkpoint")] == ["kept"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_an_entry_that_does_not_fit_leaves_the_store_as_it_was(small_disk):
+    kept, _ = made(small_disk)
+    big = {"model": {"w": torch.zeros(1_000_000)}}
+    with pytest.raises(StoreError, match=r"disk is full: .* MB free, 4\.0 MB needed"):
+        obtain(small_disk, "big", 1, {}, [], "d", lambda _: (big, {}), 0)
+    assert [a.key for a in entries(small_disk)] == [kept.key] and verify(small_disk) == {}
+    assert not any((small_disk / ".partial").iterdir())
+
+
+STEP = """
+import os, sys, time
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+from invertune.store import obtain
+
+root, hold = Path(sys.argv[1]), int(sys.argv[2])
+
+def compute(work):
+    checkpoint, x, first = work / "checkpoint.safetensors", torch.ones(4), 0
+    if checkpoint.exists():
+        saved = load_file(checkpoint)
+        x, first = saved["x"], int(saved["step"])
+    for step in range(first, 40):
+        (work / "steps").open("a").write(f"{step}\\n")
+        while step >= hold and not (root / "go").exists():
+            time.sleep(0.01)
+        x = x + torch.randn(4, generator=torch.Generator().manual_seed(step)) / 3
+        if step % 5 == 4:
+            save_file({"x": x, "step": torch.tensor(step + 1)}, work / "next")
+            os.replace(work / "next", checkpoint)
+    done = [int(line) for line in (work / "steps").read_text().split()]
+    print("steps", *done, flush=True)
+    return {"model": {"x": x}}, {"loss": x.sum().item()}
+
+artifact = obtain(root, "sum", 1, {}, [], "d", compute, 0)
+print("loss", repr(artifact.metrics["loss"]), flush=True)
+"""
+
+
+def start(root: Path, hold: int = 100) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", STEP, str(root), str(hold)],
+        text=True,
+        env=environment,
+        stdout=subprocess.PIPE,
+    )
+
+
+def wait_for_step(root: Path, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while not any(str(step) in p.read_text().split() for p in root.glob(".work/*/steps")):
+        assert time.monotonic() < deadline, "the step did not get that far"
+        time.sleep(0.01)
+
+
+def test_killed_at_several_points_it_resumes_and_ends_with_the_same_numbers(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    straight = start(whole).communicate()[0]
+    for step in (3, 9, 31):
+        process = start(broken, hold=step)
+        wait_for_step(broken, step)
+        process.kill()
+        process.wait()
+        assert entries(broken) == []
+    out = start(broken).communicate()[0]
+    assert out.splitlines()[-1] == straight.splitlines()[-1]  # the loss, to the last bit
+    [one], [two] = entries(whole), entries(broken)
+    name = "model.safetensors"
+    assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
+    done = [int(s) for line in out.splitlines() if line[:5] == "steps" for s in line.split()[1:]]
+    assert len(done) < 60  # 40 and at most five again after each kill
+
+
+def test_two_processes_at_once_compute_it_once(tmp_path):
+    first = start(tmp_path, hold=1)
+    wait_for_step(tmp_path, 1)
+    second = start(tmp_path)
+    assert second.stdout and second.stdout.readline() == (
+        f"sum: process {first.pid} is computing it; waiting\n"
+    )
+    (tmp_path / "go").touch()
+    outputs = [first.communicate()[0], second.communicate()[0]]
+    assert "found in store" in outputs[1] and "steps" not in outputs[1]
+    assert outputs[0].splitlines()[-1] == outputs[1].splitlines()[-1]
+    assert len(entries(tmp_path)) == 1
+
+
+def test_a_waiting_process_takes_over_from_a_killed_one(tmp_path):
+    first = start(tmp_path, hold=7)
+    wait_for_step(tmp_path, 7)
+    second = start(tmp_path)
+    assert second.stdout and "waiting" in second.stdout.readline()
+    first.kill()
+    first.wait()
+    out = second.communicate()[0]
+    assert "steps 0" in out and "loss" in out
+    assert len(entries(tmp_path)) == 1 and verify(tmp_path) == {}

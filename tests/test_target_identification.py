@@ -1,0 +1,110 @@
+"""Step 1: equation 1, the perturbations, and the ranking of candidates."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from invertune.advclip import nce_loss, topology_gap
+from invertune.models import embed_images, load_embedded, zero_shot_head
+from invertune.settings import Identification, load_settings
+from invertune.target_identification import (
+    MAKERS,
+    Increase,
+    as_function,
+    candidates,
+    evidence,
+    feature_objective,
+    identify,
+    measure,
+    paste,
+    ranked_increases,
+)
+
+CLASSES = ("dog", "cat", "car", "mushroom", "bus")
+
+
+def _increase(clean: list[int], adversarial: list[int]) -> Increase:
+    return Increase(torch.tensor(clean), torch.tensor(adversarial))
+
+
+def test_equation_1_gives_the_paper_s_increase_of_mushroom() -> None:
+    points = _increase([6, 49994], [19971, 30029]).points  # Table 6: +39.93 points
+    assert points[0].item() == pytest.approx(39.93)
+    assert points.sum().item() == pytest.approx(0)
+
+
+def test_candidates_take_the_largest_increase_over_all_kinds() -> None:
+    found = {
+        "patch": _increase([10, 10, 10, 10], [30, 4, 3, 3]),
+        "ball": _increase([10, 10, 10, 10], [2, 3, 35, 0]),
+    }
+    assert candidates(found, 2) == [2, 0]
+
+
+def test_the_smallest_mask_at_equal_asr_ranks_first_and_then_the_highest_asr() -> None:
+    tried = {
+        "small": SimpleNamespace(mask_l1_at_equal_asr=90.0, inverted_asr=76.0),
+        "large": SimpleNamespace(mask_l1_at_equal_asr=800.0, inverted_asr=99.0),
+        "never, close": SimpleNamespace(mask_l1_at_equal_asr=math.inf, inverted_asr=70.0),
+        "never, far": SimpleNamespace(mask_l1_at_equal_asr=math.inf, inverted_asr=5.0),
+    }
+    assert sorted(tried, key=lambda name: evidence(tried[name])) == list(tried)
+
+
+def test_rows_are_sorted_by_increase() -> None:
+    rows = ranked_increases(_increase([10, 10, 0, 0, 0], [1, 4, 0, 15, 0]), CLASSES, 2)
+    assert rows == [("mushroom", 0, 15, 75.0), ("bus", 0, 0, 0.0)] or rows[0][0] == "mushroom"
+
+
+def test_the_patch_lands_where_the_released_code_pastes_it() -> None:
+    images = paste(torch.zeros(1, 3, 224, 224), torch.ones(3, 38, 38))
+    assert (images[..., 172:210, 172:210] == 1).all() and images.sum() == 3 * 38 * 38
+
+
+def _quick() -> Identification:
+    return load_settings(
+        "mini", {"identification": {"steps": 12, "batch": 16, "check_steps": 2}}
+    ).identification
+
+
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+def test_every_kind_is_bounded_deterministic_and_moves_the_features(kind: str) -> None:
+    torch.manual_seed(0)
+    clip, settings = load_embedded("RN50"), _quick()
+    images = torch.randint(0, 256, (32, 3, 64, 64), dtype=torch.uint8)
+    clean, head = embed_images(clip, images), zero_shot_head(clip, CLASSES, ["a {}"])
+    texts = head[(clean @ head.T).argmax(1)]
+    made = MAKERS[kind](clip, images, clean, texts, settings, 0)
+    assert torch.equal(made, MAKERS[kind](clip, images, clean, texts, settings, 0))
+    pixels = images.float() / 255
+    changed = as_function(kind, made, 64)(pixels)
+    assert changed.min() >= 0 and changed.max() <= 1
+    if kind.startswith("ball"):
+        assert (changed - pixels).abs().max() <= settings.ball_radius + 1e-6
+    moved = feature_objective(embed_images(clip, changed), clean, texts)
+    assert moved < 1 - 1e-4
+
+
+def test_counts_add_up_and_identify_ranks_the_asked_number() -> None:
+    torch.manual_seed(0)
+    clip = load_embedded("RN50")
+    images = torch.randint(0, 256, (32, 3, 64, 64), dtype=torch.uint8)
+    head = zero_shot_head(clip, CLASSES, ["a {}"])
+    predicted = (embed_images(clip, images) @ head.T).argmax(1)
+    increase = measure(clip, images, predicted, head, lambda x: 1 - x)
+    assert increase.clean.sum() == increase.adversarial.sum() == 32
+    mini = load_settings("mini", {"inversion": {"batch": 16}})
+    settings = _quick().model_copy(update={"steps": 1, "kinds": ("patch_feature",)})
+    found = identify(clip, images, images, head, settings, mini.inversion, 0)
+    assert len(found.ranking) == len(found.scores) == settings.candidates
+    assert found.target == found.ranking[0]
+
+
+def test_topology_gap_is_zero_only_for_equal_graphs() -> None:
+    a = torch.nn.functional.normalize(torch.randn(6, 4), dim=1)
+    b = torch.nn.functional.normalize(torch.randn(6, 4), dim=1)
+    assert topology_gap(a, a).item() == pytest.approx(0, abs=1e-6)
+    assert topology_gap(a, b).item() > 1e-4
+    assert nce_loss(a, a) < nce_loss(a, a.flip(0))

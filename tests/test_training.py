@@ -1,0 +1,104 @@
+"""The training loop: schedule, batches, resuming, and the contrastive loss."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from invertune.training import (
+    Recipe,
+    TrainingError,
+    batch_indices,
+    contrastive_loss,
+    fit,
+    generator,
+)
+
+
+def test_contrastive_loss_equals_a_slow_float64_version() -> None:
+    rng = generator(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(5, 7, generator=rng)) for _ in "ab")
+    scale = torch.tensor(2.0)
+    logits = [
+        [
+            math.exp(2.0) * sum(a * b for a, b in zip(i.tolist(), t.tolist(), strict=True))
+            for t in text
+        ]
+        for i in image
+    ]
+    rows = [math.log(sum(map(math.exp, logits[n]))) - logits[n][n] for n in range(5)]
+    columns = [math.log(sum(math.exp(r[n]) for r in logits)) - logits[n][n] for n in range(5)]
+    expected = (sum(rows) + sum(columns)) / 10
+    assert contrastive_loss(image, text, scale).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_logit_scale_is_clamped_at_100() -> None:
+    features = torch.eye(3)
+    huge = contrastive_loss(features, features.roll(1, 0), torch.tensor(20.0))
+    at_100 = contrastive_loss(features, features.roll(1, 0), torch.tensor(math.log(100)))
+    assert torch.equal(huge, at_100)
+
+
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 5))
+def test_an_epoch_shows_every_item_at_most_once(batches: int, batch: int, seed: int) -> None:
+    count = batches * batch + min(batch - 1, 3)
+    seen = torch.cat([batch_indices(count, batch, seed, step) for step in range(batches)])
+    assert len(seen.unique()) == batches * batch
+    again = batch_indices(count, batch, seed, batches)
+    assert batches * batch < 8 or not torch.equal(again, seen[:batch]) or batch == 1
+
+
+def test_a_data_set_smaller_than_a_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 items, fewer than one batch of 4"):
+        batch_indices(3, 4, 0, 0)
+
+
+def test_the_cosine_schedule_warms_up_peaks_and_ends_near_zero() -> None:
+    recipe = Recipe(steps=100, lr=1.0, warmup=10)
+    rates = [recipe.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 0.001
+
+
+def _problem() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    return net, torch.randn(64, 4)
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
+    recipe = Recipe(steps=30, lr=0.01, warmup=3)
+
+    def run(checkpoint: Path | None, stop: int = 99) -> tuple[nn.Module, list[dict[str, float]]]:
+        net, inputs = _problem()
+
+        def loss_at(step: int) -> dict[str, Tensor]:
+            if step == stop:
+                raise KeyboardInterrupt
+            rows = batch_indices(64, 16, 1, step)
+            return {"loss": (net(inputs[rows]) - inputs[rows].sum(1, keepdim=True)).pow(2).mean()}
+
+        return net, fit(net, loss_at, recipe, checkpoint=checkpoint, save_every=7, log_every=5)
+
+    whole, whole_log = run(None)
+    for stop in (3, 10, 29):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / f"{stop}.safetensors", stop)
+        resumed, log = run(tmp_path / f"{stop}.safetensors")
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(tensor, resumed.state_dict()[name]), name
+        assert log == whole_log
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_setting() -> None:
+    net, inputs = _problem()
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        return {"loss": net(inputs).mean() * (math.nan if step == 4 else 1)}
+
+    with pytest.raises(TrainingError, match=r"nan at step 4 of 10; lower lr \(now 0.1\)"):
+        fit(net, loss_at, Recipe(10, 0.1))

@@ -1,0 +1,70 @@
+# Sourced by run_all.sh and run_tests.sh: makes the environment where it is missing, and sets
+# $python. INVERTUNE_VENV names an environment to use instead (a conda prefix, for example).
+
+repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+find_python() {
+  local candidate
+  for candidate in ${INVERTUNE_PYTHON:-python3.11 python3.12 python3.13 python3}; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+      2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  fail "no Python 3.11 or newer with venv found; install one or name it in INVERTUNE_PYTHON"
+}
+
+lock_hash() {
+  "$1" - "$repository/requirements.lock" <<'PY'
+import hashlib, sys
+print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest()[:12])
+PY
+}
+
+# A file beside the folder marks an environment that is not finished: a killed run starts it anew.
+make_environment() {
+  local base="$1" venv="$2" free_mb
+  mkdir -p "$(dirname "$venv")" || fail "cannot make $(dirname "$venv")"
+  exec 9>"$venv.lock"
+  if command -v flock >/dev/null && ! flock -n 9; then
+    echo "another process is making $venv; waiting" >&2
+    flock 9
+  fi
+  if [ ! -x "$venv/bin/python" ] || [ -e "$venv.unfinished" ]; then
+    free_mb=$(df -Pm "$(dirname "$venv")" | awk 'NR == 2 {print $4}')
+    [ "$free_mb" -ge 8000 ] ||
+      fail "$venv needs about 8,000 MB and $free_mb MB are free; make room or set INVERTUNE_VENV"
+    echo "making the environment $venv (once, about 6 GB, a few minutes)" >&2
+    touch "$venv.unfinished"
+    "$base" -m venv --clear "$venv" || fail "$base could not make $venv"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
+      --require-hashes --only-binary :all: -r "$repository/requirements.lock" ||
+      fail "installing requirements.lock into $venv failed (see above); run again to retry"
+    rm "$venv.unfinished"
+  fi
+  exec 9>&-
+}
+
+use_environment() {
+  local base venv
+  if [ -n "${INVERTUNE_VENV:-}" ] && [ -x "$INVERTUNE_VENV/bin/python" ] &&
+    [ ! -e "$INVERTUNE_VENV.unfinished" ]; then
+    venv="$INVERTUNE_VENV"
+  else
+    base="$(find_python)" || exit 2
+    venv="${INVERTUNE_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/invertune/venv-$(lock_hash "$base")}"
+    make_environment "$base" "$venv"
+  fi
+  python="$venv/bin/python"
+  export PATH="$venv/bin:$PATH"                 # "python" in a kernel specification is this one
+  export JUPYTER_PREFER_ENV_PATH=1              # not a kernel of the same name in the home folder
+  export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
+  export INVERTUNE_STORE="${INVERTUNE_STORE:-$repository/results/store}"
+  export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"   # spinning threads starve each other
+}

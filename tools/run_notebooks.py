@@ -1,0 +1,192 @@
+"""Runs the notebooks of one profile, in order, through papermill; called by run_all.sh.
+
+A finished notebook is not run again while nothing it came from has changed. Every artifact is in
+the store, so a notebook that must run again finds there what it had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from invertune import plan
+from invertune.__main__ import explain
+from invertune.settings import Settings, SettingsError, load_settings
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FAILED, WRONG, BUSY = 1, 2, 3
+
+
+class BusyError(RuntimeError):
+    """Another run of the same profile is going on."""
+
+
+class NotebookError(RuntimeError):
+    """A notebook that failed: its name, its cell, and the last line of the error."""
+
+
+def main(arguments: list[str] | None = None, root: Path = REPOSITORY) -> int:
+    """Runs what the arguments name; returns the exit code (see run_all.sh --help).
+
+    ``root`` is the folder that holds notebooks/ and gets results/ and figures/.
+    """
+    parser = argparse.ArgumentParser(prog="./run_all.sh", usage="see ./run_all.sh --help")
+    plan.add_options(parser)
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args(arguments)
+    try:
+        if options.dry_run:
+            return plan.show(options)
+        overrides = plan.overrides_of(options)
+        settings = load_settings(options.profile, overrides)
+        notebooks = _chosen(root / "notebooks", options.only)
+        with _only_run(root / "results" / settings.profile):
+            run_all(notebooks, settings, overrides, root)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    except (BusyError, NotebookError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BUSY if isinstance(error, BusyError) else FAILED
+    except Exception as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return WRONG
+    return 0
+
+
+def _chosen(folder: Path, only: str | None) -> list[Path]:
+    notebooks = sorted(folder.glob("0*.ipynb"))
+    chosen = [n for n in notebooks if n.name.startswith(only or "")]
+    if not chosen:
+        known = ", ".join(n.stem for n in notebooks) or f"none in {folder}"
+        raise SettingsError(f"no notebook starts with {only or '0'!r}; there are: {known}")
+    return chosen
+
+
+@contextmanager
+def _only_run(results: Path) -> Iterator[None]:
+    """Holds the profile's lock, which ends with the process however it ends."""
+    results.mkdir(parents=True, exist_ok=True)
+    with (results / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise BusyError(
+                f"another run of profile {results.name} is going on (pid {lock.read()}); "
+                "wait for it, or stop it"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def run_all(
+    notebooks: list[Path], settings: Settings, overrides: dict[str, Any], root: Path
+) -> None:
+    """Runs each notebook that is not finished; raises ``NotebookError`` at the first failure."""
+    if settings.data.source == "pictograms":
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when a kernel imports huggingface_hub
+    if not sys.stderr.isatty():
+        os.environ.setdefault("INVERTUNE_PROGRESS", "0")
+    store = Path(os.environ.get("INVERTUNE_STORE") or root / "results" / "store")
+    for notebook in notebooks:
+        output = root / "results" / settings.profile / "notebooks" / notebook.name
+        stamp = output.with_suffix(".done.json")
+        inputs = _inputs(notebook, settings)
+        if _finished(stamp, inputs, root, store):
+            print(f"{notebook.stem}: finished before, nothing to do ({output})", flush=True)
+            continue
+        print(f"{notebook.stem}: running", flush=True)
+        stamp.unlink(missing_ok=True)
+        start = time.perf_counter()
+        execute(notebook, output, {"profile": settings.profile, "overrides": overrides}, root)
+        _replace(stamp, json.dumps({"inputs": inputs, **_left(settings.profile, root, store)}))
+        print(f"{notebook.stem}: done in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def execute(notebook: Path, output: Path, parameters: dict[str, Any], root: Path) -> None:
+    """Executes ``notebook`` into ``output``, which is replaced only when the run has ended."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    unknown = set(parameters) - set(papermill.inspect_notebook(str(notebook)))
+    if unknown:
+        raise NotebookError(f"{notebook.stem}: its parameters cell lacks {', '.join(unknown)}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}")
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(partial),
+            parameters,
+            kernel_name="python3",
+            cwd=str(root),
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+        )
+    except papermill.PapermillExecutionError as error:
+        os.replace(partial, output)
+        last = str(error.evalue).strip().splitlines()[-1:] or ["no message"]
+        raise NotebookError(
+            f"{notebook.stem}, cell [{error.exec_count}]: {error.ename}: {last[0]} "
+            f"(traceback in {output})"
+        ) from None
+    except DeadKernelError:
+        raise NotebookError(
+            f"{notebook.stem}: the kernel died, most likely for lack of memory; "
+            "run again to go on where it was"
+        ) from None
+    os.replace(partial, output)
+
+
+def _inputs(notebook: Path, settings: Settings) -> str:
+    """A hash of what decides a notebook's results: itself, the settings, the code, the data."""
+    digest = hashlib.sha256(notebook.read_bytes() + settings.model_dump_json().encode())
+    for path in sorted((REPOSITORY / "invertune").glob("*.py")):
+        digest.update(path.read_bytes())
+    for folder in ("data", "expected"):
+        for path in sorted(p for p in (REPOSITORY / folder).rglob("*") if p.is_file()):
+            status = path.stat()
+            digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _left(profile: str, root: Path, store: Path) -> dict[str, list[str]]:
+    """What stands there when a notebook has ended: result files and stored artifacts."""
+    folders = (root / "figures" / profile, root / "results" / profile)
+    files = [p for f in folders for p in sorted(f.glob("*")) if p.name[0] != "."]
+    artifacts = sorted(p.name for p in store.glob("?" * 64))
+    return {"files": [str(p.relative_to(root)) for p in files], "artifacts": artifacts}
+
+
+def _finished(stamp: Path, inputs: str, root: Path, store: Path) -> bool:
+    """Whether the notebook ran to its end on the same inputs and all it left is still there."""
+    if not stamp.is_file() or not stamp.with_suffix("").with_suffix(".ipynb").is_file():
+        return False
+    left = json.loads(stamp.read_text())
+    there = all((root / name).exists() for name in left["files"])
+    return (
+        left["inputs"] == inputs and there and all((store / k).is_dir() for k in left["artifacts"])
+    )
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
