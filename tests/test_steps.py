@@ -1,0 +1,55 @@
+"""The chain on disk: one seed gives the same artifacts twice, and keys follow what matters."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from invertune import reports, steps
+from invertune.settings import load_settings
+from invertune.steps import Chain
+
+QUICK = {
+    "attacks": {"names": ["blended"], "blended": {"steps": 3}},
+    "identification": {"steps": 2, "check_steps": 2},
+    "inversion": {"steps": 4, "measure_every_steps": 2},
+    "tuning": {"steps": 4, "measure_every_steps": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    return steps.open_chain(load_settings("smoke", QUICK), tmp_path_factory.mktemp("store"))
+
+
+def test_the_same_seed_twice_gives_equal_results(chain: Chain, tmp_path: Path) -> None:
+    again = steps.open_chain(chain.settings, tmp_path)
+    first, second = (steps.tuned(c, "blended", 0) for c in (chain, again))
+    assert first.key == second.key and first.metrics == second.metrics
+    weights, others = first.tensors("weights"), second.tensors("weights")
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert reports.tuning_rows(chain) == reports.tuning_rows(again)
+
+
+def test_another_seed_or_setting_gives_other_keys_downstream_only(chain: Chain) -> None:
+    beta = load_settings("smoke", {**QUICK, "tuning": {**QUICK["tuning"], "beta": 0.25}})
+    other = Chain(beta, chain.store)
+    assert steps.inverted(other, "blended", 0).key == steps.inverted(chain, "blended", 0).key
+    assert steps.tuned(other, "blended", 0).key != steps.tuned(chain, "blended", 0).key
+    assert steps.attacked(chain, "blended", 1).key != steps.attacked(chain, "blended", 0).key
+
+
+def test_tuning_changes_critical_rows_of_the_image_tower_only(chain: Chain) -> None:
+    before = steps.attacked(chain, "blended", 0).tensors("weights")
+    after = steps.tuned(chain, "blended", 0).tensors("weights")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    layers = tuple(steps.tuned(chain, "blended", 0).metrics["layers"])
+    assert changed and all(name.startswith(layers) for name in changed)
+    assert not any("running" in name or "num_batches" in name for name in changed)
+
+
+def test_rates_lie_in_their_intervals_and_grow_with_k(chain: Chain) -> None:
+    model = steps.poisoned(chain, "blended", 0)
+    rates = steps.evaluated(chain, model, model.trigger, model.key, 0).metrics
+    assert all(0 <= low <= value <= high <= 100 for value, _, low, high in rates.values())
+    assert rates["zeroshot.asr.1"][0] <= rates["zeroshot.asr.3"][0] <= rates["zeroshot.asr.10"][0]
