@@ -1,0 +1,93 @@
+"""Universal adversarial perturbations of a suspected model, none of them told a target.
+
+A patch and an L-infinity ball are optimized directly, each to move images away from their own
+features or from the text of their own prediction; AdvCLIP's generator makes a third kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from invertune import triggers
+from invertune.advclip import generated_patch
+from invertune.models import Clip, image_features, to_pixels
+from invertune.settings import Identification
+from invertune.training import batch_indices, generator, progress
+
+
+@dataclass(frozen=True)
+class View:
+    """What the suspected ``clip`` sees in clean ``images`` (uint8 [N, 3, H, W]).
+
+    ``features`` [N, D] are their unit features, ``texts`` [N, D] those of their predicted classes.
+    """
+
+    clip: Clip
+    images: Tensor
+    features: Tensor
+    texts: Tensor
+
+
+def paste(images: Tensor, patch: Tensor) -> Tensor:
+    """Places ``patch`` [3, p, p] where the released code does: 14 of 224 px from the corner."""
+    size = images.shape[-1]
+    start = size - round(size * 14 / 224) - patch.shape[-1]
+    return triggers.paste(images, patch, start, start)
+
+
+def perturb(kind: str, tensor: Tensor, images: Tensor) -> Tensor:
+    """Images in [0, 1] under the perturbation ``tensor`` of a kind."""
+    return triggers.add(images, tensor) if kind.startswith("ball") else paste(images, tensor)
+
+
+def universal_patch(view: View, anchors: Tensor, settings: Identification, seed: int) -> Tensor:
+    """A patch [3, p, p] in [0, 1] that moves all images away from their ``anchors`` [N, D]."""
+    start = torch.rand(3, settings.patch_px, settings.patch_px, generator=generator(seed, 3))
+    return _move_away(view, anchors, paste, start, (0, 1), settings, seed)
+
+
+def universal_ball(view: View, anchors: Tensor, settings: Identification, seed: int) -> Tensor:
+    """An additive perturbation [3, H, W] within ``ball_radius`` that does the same."""
+    radius, size = settings.ball_radius, view.clip.image_size
+    start = (2 * torch.rand(3, size, size, generator=generator(seed, 4)) - 1) * radius
+    return _move_away(view, anchors, triggers.add, start, (-radius, radius), settings, seed)
+
+
+def _move_away(
+    view: View,
+    anchors: Tensor,
+    place: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    bounds: tuple[float, float],
+    settings: Identification,
+    seed: int,
+) -> Tensor:
+    """Minimizes the mean cosine to the anchors; the step is a share of the upper bound."""
+    device = view.clip.device
+    tensor = start.to(device).requires_grad_(True)
+    optimizer = torch.optim.Adam([tensor], lr=settings.lr * bounds[1])
+    for step in progress(range(settings.steps), "universal perturbation"):
+        rows = batch_indices(len(view.images), settings.batch, seed, step)
+        pixels = to_pixels(view.images[rows], device)
+        features = image_features(view.clip, place(pixels, tensor))
+        optimizer.zero_grad()
+        (features * anchors[rows]).sum(1).mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            tensor.clamp_(*bounds)
+    return tensor.detach()
+
+
+MAKERS: Mapping[str, Callable[[View, Identification, int], Tensor]] = {
+    "patch_feature": lambda view, own, seed: universal_patch(view, view.features, own, seed),
+    "patch_prediction": lambda view, own, seed: universal_patch(view, view.texts, own, seed),
+    "ball_feature": lambda view, own, seed: universal_ball(view, view.features, own, seed),
+    "ball_prediction": lambda view, own, seed: universal_ball(view, view.texts, own, seed),
+    "generator": lambda view, own, seed: generated_patch(
+        view.clip, view.images, view.features, view.texts, paste, own, seed
+    ),
+}
