@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
-import time
 from collections.abc import Callable
 
 import pytorch_msssim
@@ -20,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.timing import ratios, side_by_side, spread
 from invertune.models import BACKBONES, MODEL_FOLDER, Clip, build_clip, image_features, to_pixels
 from invertune.settings import Inversion, load_settings
 from invertune.training import batch_indices
@@ -62,16 +61,6 @@ def plain(clip: Clip, images: Tensor, head: Tensor, settings: Inversion, runs: l
                 pattern.clamp_((-clip.mean / clip.std).min(), ((1 - clip.mean) / clip.std).max())
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long ``work`` takes: CPU seconds on a CPU, wall seconds on a GPU."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    start = clock()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
-
-
 def compare(clip: Clip, settings: Inversion, count: int, repeats: int) -> None:
     """Prints the three times a step for ``count`` runs, and their ratios: median (min to max)."""
     size, device = clip.image_size, clip.device
@@ -86,26 +75,12 @@ def compare(clip: Clip, settings: Inversion, count: int, repeats: int) -> None:
         "ours": lambda: invert_triggers(clip, images, images[:1], head, runs, settings, 0),
         "plain": lambda: plain(clip, images, head, settings, runs),
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + 1):  # the first one warms up
-        for name, work in ways.items():
-            taken = seconds(work, device) / settings.steps
-            if repeat:
-                times[name].append(1000 * taken)
+    times = side_by_side(ways, settings.steps, device, repeats)
     for name, values in times.items():
         print(f"  {name:16} {spread(values)} ms a step")
     print(f"  ours / ceiling   {spread(ratios(times, 'ours', 'ceiling'))}")
     print(f"  plain / ceiling  {spread(ratios(times, 'plain', 'ceiling'))}")
     print(f"  plain / ours     {spread(ratios(times, 'plain', 'ours'))}", flush=True)
-
-
-def ratios(times: dict[str, list[float]], one: str, other: str) -> list[float]:
-    """Ratio of the two times in each repeat."""
-    return [a / b for a, b in zip(times[one], times[other], strict=True)]
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):8.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def pixels(count: int, seed: int = 0) -> Tensor:
 
 def settings(**changes) -> Tuning:
     values = load_settings("mini").tuning.model_dump()
-    return Tuning.model_validate(values | changes)
+    return Tuning.model_validate(values | {"neuron": "channel"} | changes)
 
 
 @pytest.fixture(scope="module")

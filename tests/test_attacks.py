@@ -3,6 +3,7 @@
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,22 +11,22 @@ from invertune import triggers
 from invertune.attacks import ATTACKS, Victim, badencoder, optimize_patch, poisoned_pairs
 from invertune.data import Pairs
 from invertune.models import clone, image_features, load_embedded
+from invertune.pictograms import Scene, caption_scene, labeled_scene, load_sprites
 from invertune.settings import Attack, load_settings
 
 
 @pytest.fixture(scope="module")
 def victim() -> Victim:
-    torch.manual_seed(0)
-    clip = load_embedded("RN50")
-    images = torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8)
-    captions = tuple(f"a photo of a {n}" for n in ("dog", "cat", "car", "bus") for _ in range(10))
-    return Victim(
-        clip,
-        Pairs(images, captions, torch.full((40, 2), -1)),
-        3,
-        ("a mushroom", "the mushroom"),
-        images[:4],
-    )
+    clip, sprites = load_embedded("RN50"), load_sprites()
+    target = sprites.classes.index("mushroom")
+    scenes = [caption_scene("poisoning", i, 64, 0, sprites) for i in range(40)]
+    shown = [labeled_scene("inversion", target + 210 * i, 64, 0, sprites, False) for i in range(4)]
+    pairs = Pairs(_images(scenes), tuple(s.captions[0] for s in scenes), torch.full((40, 2), -1))
+    return Victim(clip, pairs, target, ("a mushroom", "the mushroom"), _images(shown))
+
+
+def _images(scenes: list[Scene]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).contiguous()
 
 
 def _settings(**attacks: dict[str, float]):
@@ -65,7 +66,7 @@ def test_badencoder_moves_triggered_images_and_nothing_it_must_not(
 
 
 def test_badclip_patch_approaches_the_target(victim: Victim) -> None:
-    settings = _settings(badclip={"patch_steps": 15, "batch": 32, "patch_lr": 0.05}).badclip
+    settings = _settings(badclip={"patch_steps": 30, "batch": 32, "patch_lr": 0.05}).badclip
     patch = optimize_patch(victim, settings, seed=0)
     assert patch.shape == (3, 8, 8) and patch.min() >= 0 and patch.max() <= 1
     clean = victim.pairs.images.float() / 255
