@@ -153,7 +153,7 @@ def figure5b(chain: Chain, results: pd.DataFrame) -> Figure:
     own = _own(chain, results)
     inverted = tables.by_seed(own, "attack", metric="inverted_asr")
     original = tables.by_seed(own, "attack", metric="asr", paper_item="figure5")
-    null = {name: inverted["none"] for name in original}
+    null = {name: inverted[name] for name in steps.NULLS}
     shown = {name: values for name, values in inverted.items() if name not in steps.NULLS}
     return figures.figure5b(original, shown, null)
 
@@ -204,7 +204,7 @@ def inversion_logs(chain: Chain) -> dict[str, pd.DataFrame]:
     logs = {}
     for attack in ("none", *chain.settings.attacks.names):
         found = steps.inverted(chain, attack, chain.settings.seeds[0]).metrics
-        states = pd.DataFrame(found["states"]).rename(columns={"inverted_asr": "asr"})
+        states = pd.DataFrame(found["states"])
         losses = pd.DataFrame(found["log"])
         logs[attack] = losses.merge(states, on="step", how="outer").sort_values("step")
     return logs

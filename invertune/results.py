@@ -183,6 +183,8 @@ def to_frame(rows: Iterable[Mapping[str, str]]) -> pd.DataFrame:
 def write_rows(rows: Iterable[Mapping[str, str]], path: Path) -> pd.DataFrame:
     """Merges ``rows`` into the file: a row of equal identity is replaced, the others stay.
 
+    An old row of the same number under another ``paper_item`` goes where its value differs: it
+    belongs to an earlier run, and its own notebook will write it again.
     Safe against a crash and against several writers at once. Returns the whole table. Raises
     ``ResultsError`` when the file or the rows are of another profile or contradict each other.
     """
@@ -194,9 +196,19 @@ def write_rows(rows: Iterable[Mapping[str, str]], path: Path) -> pd.DataFrame:
     _refuse_contradictions(new)
     with locked(path):
         old = _read_checked(path, profiles[0] if profiles else None) if path.exists() else []
-        merged = merge(old, new, IDENTITY)
+        merged = merge(_not_outdated(old, new), new, IDENTITY)
         write_atomic(path, csv_bytes(merged, COLUMNS))
     return to_frame(merged)
+
+
+def _not_outdated(
+    old: Sequence[Mapping[str, str]], new: Sequence[Mapping[str, str]]
+) -> list[Mapping[str, str]]:
+    def number(record: Mapping[str, str]) -> tuple[str, ...]:
+        return tuple(record[column] for column in IDENTITY if column != "paper_item")
+
+    fresh = {number(record): record["value"] for record in new}
+    return [r for r in old if fresh.get(number(r), r["value"]) == r["value"]]
 
 
 def read_results(path: Path, profile: str | None = None) -> pd.DataFrame:

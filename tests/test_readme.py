@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_results_table_is_fresh() -> None:
-    command = [sys.executable, "tools/update_readme.py", "--check"]
-    done = subprocess.run(command, cwd=ROOT, env=None, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tools.update_readme", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -304,3 +304,14 @@ def test_every_metric_has_a_unit():
         "flag",
         "neurons",
     }
+
+
+def test_a_new_value_removes_the_same_number_of_an_earlier_run_elsewhere(tmp_path):
+    path = tmp_path / "results.csv"
+    shared = {"profile": "mini", "attack": "wanet", "metric": "asr", "task": "zeroshot", "seed": 0}
+    first = [row(**shared, paper_item=item, value=80) for item in ("table1", "figure5")]
+    write_rows(first, path)
+    after = write_rows([row(**shared, paper_item="table1", value=90)], path)
+    assert list(after.paper_item) == ["table1"] and list(after.value) == [90]
+    again = write_rows([row(**shared, paper_item="figure5", value=90)], path)
+    assert sorted(again.paper_item) == ["figure5", "table1"]
