@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +11,15 @@ from pathlib import Path
 import torch
 
 from invertune import provenance
-from invertune.models import BACKBONES, CONFIG, MODEL_FOLDER, WEIGHTS, ModelError, load_embedded
+from invertune.models import (
+    BACKBONES,
+    CONFIG,
+    MODEL_FOLDER,
+    WEIGHTS,
+    WEIGHTS_LOCK,
+    ModelError,
+    load_embedded,
+)
 from invertune.pictograms import ARCHIVE
 from invertune.store import default_root, entries
 
@@ -44,6 +53,8 @@ def report() -> tuple[list[str], bool]:
 def model_state(backbone: str, models: Path = MODEL_FOLDER) -> str:
     """ "found" with the weights' SHA-256, or what is wrong with a shipped model."""
     weights = models / backbone / WEIGHTS
+    if backbone not in json.loads(WEIGHTS_LOCK.read_text()):
+        return f"not shipped; makes it: python -m invertune pretrain {backbone}"
     if not (models / backbone / CONFIG).is_file() or not weights.is_file():
         return f"MISSING: no {weights}"
     try:
@@ -86,7 +97,7 @@ def _paper_data() -> str:
 def _next(sprites: bool, models: dict[str, str]) -> str:
     if not sprites:
         return "restore data/mini/sprites.zip from the repository"
-    wrong = [backbone for backbone, state in models.items() if not state.startswith("found")]
+    wrong = [b for b, state in models.items() if state.startswith(("MISSING", "DAMAGED"))]
     if wrong:
         return (
             f"restore data/mini/models/{wrong[0]} from the repository, or make it again: "

@@ -85,6 +85,10 @@ def load_embedded(
     if backbone not in BACKBONES:
         raise ModelError(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}")
     clip, path = build_clip(models / backbone, backbone, device), models / backbone / WEIGHTS
+    if not path.is_file():
+        raise ModelError(
+            f"weights not found: {path}; this makes them: python -m invertune pretrain {backbone}"
+        )
     load_weights(clip, path)
     locked = json.loads(WEIGHTS_LOCK.read_text()).get(backbone)
     if locked != file_hash(path):
