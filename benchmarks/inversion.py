@@ -9,7 +9,6 @@ that other programs disturb it less; on a GPU it is the wall clock.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable
 
@@ -18,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import ratios, side_by_side, spread
-from invertune.models import BACKBONES, MODEL_FOLDER, Clip, build_clip, image_features, to_pixels
+from benchmarks.timing import common_options, ratios, side_by_side, spread
+from invertune.models import MODEL_FOLDER, Clip, build_clip, image_features, to_pixels
 from invertune.settings import Inversion, load_settings
 from invertune.training import batch_indices
 from invertune.trigger_inversion import Run, initial_trigger, invert_triggers
@@ -84,12 +83,8 @@ def compare(clip: Clip, settings: Inversion, count: int, repeats: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backbone", choices=BACKBONES, default="RN50")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = common_options(__doc__, steps=12)
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 3], help="values of K")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     os.environ["INVERTUNE_PROGRESS"] = "0"
     torch.manual_seed(0)

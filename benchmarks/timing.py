@@ -5,11 +5,24 @@ On a CPU the clock counts this process's CPU seconds; on a GPU it is the wall cl
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
 import torch
+
+from invertune.models import BACKBONES
+
+
+def common_options(description: str | None, steps: int) -> argparse.ArgumentParser:
+    """A parser of the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--backbone", choices=BACKBONES, default="RN50")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--repeats", type=int, default=5)
+    return parser
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -6,22 +6,13 @@ images that are ready. ours: training.fit with batches, tokens and AdamW; embed_
 
 from __future__ import annotations
 
-import argparse
 import os
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import ratios, side_by_side, spread
-from invertune.models import (
-    BACKBONES,
-    MODEL_FOLDER,
-    Clip,
-    build_clip,
-    embed_images,
-    normalize,
-    to_pixels,
-)
+from benchmarks.timing import common_options, ratios, side_by_side, spread
+from invertune.models import MODEL_FOLDER, Clip, build_clip, embed_images, normalize, to_pixels
 from invertune.training import Recipe, block_indices, contrastive_loss, fit, pair_features
 
 BATCH = 128
@@ -56,12 +47,7 @@ def bare_evaluation(clip: Clip, pixels: Tensor, steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backbone", choices=BACKBONES, default="RN50")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
+    options = common_options(__doc__, steps=8).parse_args()
     os.environ["INVERTUNE_PROGRESS"] = "0"
     torch.manual_seed(0)
     clip = build_clip(MODEL_FOLDER / options.backbone, options.backbone, options.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from invertune.models import (
     WEIGHTS,
     WEIGHTS_LOCK,
     ModelError,
+    file_hash,
     load_embedded,
 )
 from invertune.pictograms import ARCHIVE
@@ -61,7 +61,7 @@ def model_state(backbone: str, models: Path = MODEL_FOLDER) -> str:
         load_embedded(backbone, models=models)
     except ModelError as error:
         return f"DAMAGED: {error}"
-    return f"found, SHA-256 {hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}"
+    return f"found, SHA-256 {file_hash(weights)[:12]}"
 
 
 def _device() -> str:

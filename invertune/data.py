@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from invertune import pictograms
+from invertune.models import file_hash
 from invertune.pictograms import Scene
 from invertune.settings import Data, Settings
 from invertune.store import obtain
@@ -93,7 +94,7 @@ def describe(settings: Settings) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _archive_hash() -> str:
-    return hashlib.sha256(pictograms.ARCHIVE.read_bytes()).hexdigest()
+    return file_hash(pictograms.ARCHIVE)
 
 
 def manifest(data: Data) -> str:

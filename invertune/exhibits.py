@@ -210,7 +210,7 @@ def inversion_logs(chain: Chain) -> dict[str, pd.DataFrame]:
     return logs
 
 
-def layer_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
+def layer_table(chain: Chain) -> pd.DataFrame:
     """Tables 12-15 with every attack: impact per layer, threshold, and what was selected."""
     lines = []
     for attack in chain.settings.attacks.names:

@@ -85,10 +85,6 @@ def load_embedded(
     if backbone not in BACKBONES:
         raise ModelError(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}")
     clip, path = build_clip(models / backbone, backbone, device), models / backbone / WEIGHTS
-    if not path.is_file():
-        raise ModelError(
-            f"weights not found: {path}; this makes them: python -m invertune pretrain {backbone}"
-        )
     load_weights(clip, path)
     locked = json.loads(WEIGHTS_LOCK.read_text()).get(backbone)
     if locked != file_hash(path):
@@ -109,7 +105,10 @@ def load_weights(clip: Clip, path: Path) -> None:
     try:
         state = load_file(path)
     except FileNotFoundError:
-        raise ModelError(f"weights not found: {path}") from None
+        raise ModelError(
+            f"weights not found: {path}; this makes them: "
+            f"python -m invertune pretrain {clip.backbone}"
+        ) from None
     except SafetensorError as error:
         raise ModelError(f"{path} is not a readable safetensors file ({error})") from None
     set_state(clip, state, str(path))
