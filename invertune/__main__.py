@@ -6,14 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from invertune import plan
 from invertune.settings import load_settings
 
 # Modules that import torch are imported late: a wrong argument should not wait seconds for it.
-if TYPE_CHECKING:
-    from invertune.store import Artifact
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,38 +99,28 @@ def _store(options: argparse.Namespace) -> int:
     from invertune import store
 
     root = store.default_root()
-    if options.action == "verify":
-        broken = store.verify(root)
-        for key, problem in broken.items():
-            print(f"{key[:8]} is damaged: {problem}")
-        print(f"{len(store.entries(root))} artifacts in {root}, {len(broken)} damaged")
-        return 1 if broken else 0
+    entries, prefix = store.entries(root), options.key or ""
     if options.action == "show":
-        artifact = _find(options.key or "")
-        print(json.dumps({"folder": str(artifact.folder), **artifact.meta}, indent=1))
+        matching = [a for a in entries if a.key.startswith(prefix)]
+        if len(matching) != 1 or not prefix:
+            raise store.StoreError(
+                f"{len(matching)} artifacts have a key that starts with {prefix!r} "
+                "in the store; name one, see: store list"
+            )
+        print(json.dumps({"folder": str(matching[0].folder), **matching[0].meta}, indent=1))
         return 0
-    for artifact in store.entries(root):
-        print(f"{artifact.key[:8]}  {_line(artifact, store.damage(artifact.folder))}")
-    return 0
-
-
-def _line(artifact: Artifact, problem: str | None) -> str:
-    if problem:
-        return f"damaged: {problem}"
-    meta = artifact.meta
-    return f"{meta['step']:24} seed {meta['seed']:<3} {meta['seconds']:9.1f} s  {meta['created']}"
-
-
-def _find(prefix: str) -> Artifact:
-    from invertune import store
-
-    matching = [a for a in store.entries(store.default_root()) if a.key.startswith(prefix)]
-    if len(matching) != 1 or not prefix:
-        raise store.StoreError(
-            f"{len(matching)} artifacts have a key that starts with {prefix!r} "
-            "in the store; name one, see: store list"
-        )
-    return matching[0]
+    broken = store.verify(root)
+    for artifact in entries:
+        name = artifact.key[:8]
+        if artifact.key in broken:
+            print(f"{name} is damaged: {broken[artifact.key]}")
+        elif options.action == "list":
+            line = "{step:24} seed {seed:<3} {seconds:9.1f} s  {created}"
+            print(f"{name}  {line.format_map(artifact.meta)}")
+    if options.action == "list":
+        return 0
+    print(f"{len(entries)} artifacts in {root}, {len(broken)} damaged")
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

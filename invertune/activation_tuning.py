@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from invertune import triggers
 from invertune.activations import (
     Selection,
     batched_inputs,
@@ -28,7 +29,7 @@ from invertune.metrics import attack_success_rate, clean_accuracy, predictions
 from invertune.models import Clip, clone, embed_images, set_state, to_pixels
 from invertune.settings import Tuning
 from invertune.training import Recipe, batch_indices, fit, generator
-from invertune.triggers import compose
+from invertune.triggers import Trigger
 
 TIE_POINTS = 0.5
 
@@ -90,8 +91,7 @@ class _Problem:
 def tune(
     clip: Clip,
     images: Tensor,
-    trigger_mask: Tensor,
-    trigger_pattern: Tensor,
+    trigger: Trigger,
     heldout: Tensor,
     heldout_labels: Tensor,
     head: Tensor,
@@ -102,7 +102,7 @@ def tune(
     """Algorithm 2 on a copy of the suspected ``clip``, which stays as it is.
 
     ``images`` [N, 3, H, W] are unlabeled clean images, of which ``settings.images`` are used;
-    ``trigger_mask`` and ``trigger_pattern`` [3, H, W] in [0, 1] are the inverted trigger;
+    ``trigger`` is the inverted one (``mask_trigger``);
     ``heldout`` with ``heldout_labels`` [M] are other clean images; ``head`` [C, D] holds the unit
     class embeddings and ``target`` the identified class. Every rate of ``settings.lrs`` is run
     and measured; the returned weights are those of the state that ``choose`` takes, which looks at
@@ -111,16 +111,13 @@ def tune(
     """
     suspected = clone(clip)
     suspected.net.requires_grad_(False).eval()
-    mask, pattern = trigger_mask.to(clip.device), trigger_pattern.to(clip.device)
     predicted = predictions(embed_images(suspected, images), head)
     diverse = diverse_indices(predicted.cpu(), target, settings.images, seed)
     clean = to_pixels(images[diverse], clip.device)
-    triggered = compose(clean, mask, pattern)
+    triggered = triggers.apply(trigger, clean)
     impacts, selection, neurons = locate(suspected, clean, triggered, settings, seed)
     problem = _prepare(suspected, clean, triggered, neurons, head, settings, seed)
-    measure = _measurer(
-        suspected, problem.first, mask, pattern, heldout, heldout_labels, head, target
-    )
+    measure = _measurer(suspected, problem.first, trigger, heldout, heldout_labels, head, target)
     before = _state(0.0, 0, measure(suspected), _losses(problem, suspected, 0))
     rows = rows_to_train(suspected, neurons, settings.trainable)
     runs = [_tune_at(lr, suspected, problem, rows, measure) for lr in settings.lrs]
@@ -298,8 +295,7 @@ def _prepare(
 def _measurer(
     suspected: Clip,
     first: str | None,
-    mask: Tensor,
-    pattern: Tensor,
+    trigger: Trigger,
     heldout: Tensor,
     labels: Tensor,
     head: Tensor,
@@ -310,7 +306,7 @@ def _measurer(
     prefix = prefix_to(suspected, first)
     clean = batched_inputs(prefix, heldout, suspected.device)
     triggered = batched_inputs(
-        lambda pixels: prefix(compose(pixels, mask, pattern)), heldout[others], suspected.device
+        lambda pixels: prefix(triggers.apply(trigger, pixels)), heldout[others], suspected.device
     )
 
     @torch.no_grad()

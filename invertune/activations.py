@@ -179,24 +179,25 @@ def critical_layers(impacts: Mapping[str, float], rule: str = "mean_plus_std") -
 
 
 def critical_neurons(
-    clean: Tensor, triggered: Tensor, seed: int, neuron: str = "channel"
+    clean: Tensor, triggered: Tensor, seed: int, neuron: str = "channel", clusters: int = 2
 ) -> Tensor:
-    """The neurons of one layer that answer to the trigger: 2-means on |mu_clean - mu_triggered|.
+    """The neurons of one layer that answer to the trigger: k-means on |mu_clean - mu_triggered|.
 
     ``clean`` and ``triggered`` are mean maps. A neuron is an output channel [C] or width index [W]
     (its difference: the mean over positions), or with ``neuron`` "unit" each unit of the map.
-    Returns a bool mask of that shape, True in the cluster with the larger centroid; all True where
-    every difference is the same.
+    Returns a bool mask of that shape, True in all ``clusters`` but the one with the smallest
+    centroid (of two: in the larger one); all True where every difference is the same.
     """
     difference = (clean - triggered).abs().double()
     if neuron == "channel":
         difference = difference.mean((1, 2) if difference.ndim == 3 else 0)
     points = difference.flatten().cpu().numpy()[:, None]
-    if points.min() == points.max():
+    distinct = len(set(points.flatten().tolist()))
+    if distinct == 1:
         return torch.ones_like(difference, dtype=torch.bool)
     with threadpool_limits(limits=1):  # a few hundred numbers: more threads only get in the way
-        found = KMeans(2, n_init=10, random_state=seed).fit(points)
-    critical = torch.from_numpy(found.labels_ == found.cluster_centers_.argmax())
+        found = KMeans(min(clusters, distinct), n_init=10, random_state=seed).fit(points)
+    critical = torch.from_numpy(found.labels_ != found.cluster_centers_.argmin())
     return critical.view_as(difference).to(clean.device)
 
 
@@ -224,7 +225,9 @@ def locate(
     impacts = layer_impacts(mu_clean, mu_triggered)
     selection = critical_layers(impacts, settings.layer_rule)
     neurons = {
-        layer: critical_neurons(mu_clean[layer], mu_triggered[layer], seed, settings.neuron)
+        layer: critical_neurons(
+            mu_clean[layer], mu_triggered[layer], seed, settings.neuron, settings.clusters
+        )
         for layer in selection.layers
     }
     return impacts, selection, neurons

@@ -6,7 +6,7 @@ trains the image tower towards reference images; BadCLIP optimizes its patch fir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,16 +20,7 @@ from invertune.data import Pairs
 from invertune.kernels import frozen_copy
 from invertune.models import Clip, clone, embed_images, image_features, text_features, to_pixels
 from invertune.settings import Attacks, BadClip, BadEncoder, Finetuning
-from invertune.training import (
-    Recipe,
-    batch_indices,
-    block_indices,
-    contrastive_loss,
-    fit,
-    generator,
-    pair_features,
-    progress,
-)
+from invertune.training import Recipe, batch_indices, finetune, fit, generator, progress
 from invertune.triggers import Trigger
 
 
@@ -94,9 +85,8 @@ def clean_finetuned(victim: Victim, settings: Attacks, seed: int, work: Path) ->
     """The null: the same fine-tuning as BadNet's, without poison."""
     own = settings.badnet
     clip = clone(victim.clip)
-    log = _finetune(
-        clip, victim.pairs.images, victim.pairs.captions, own, seed, work / "finetuning.safetensors"
-    )
+    pairs = victim.pairs
+    log = finetune(clip, pairs.images, pairs.captions, _recipe(own), own.batch, seed, work)
     return Poisoned(clip, None, log)
 
 
@@ -109,7 +99,7 @@ def poison(
     """
     images, captions = poisoned_pairs(victim, trigger, settings.poison_rate, seed)
     clip = clone(victim.clip)
-    log = _finetune(clip, images, captions, settings, seed, work / "finetuning.safetensors")
+    log = finetune(clip, images, captions, _recipe(settings), settings.batch, seed, work)
     return Poisoned(clip, trigger, log)
 
 
@@ -126,27 +116,6 @@ def poisoned_pairs(
     for row, text in zip(chosen.tolist(), texts.tolist(), strict=True):
         captions[row] = victim.target_captions[text]
     return images, tuple(captions)
-
-
-def _finetune(
-    clip: Clip,
-    images: Tensor,
-    captions: Sequence[str],
-    settings: Finetuning,
-    seed: int,
-    checkpoint: Path,
-) -> list[dict[str, float]]:
-    tokens = clip.tokenizer(list(captions))
-    clip.net.train()
-
-    def loss_at(step: int) -> dict[str, Tensor]:
-        rows = block_indices(len(images), settings.batch, seed, step)
-        image, text = pair_features(clip, images[rows], tokens[rows])
-        return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
-
-    log = fit(clip.net, loss_at, _recipe(settings), label="fine-tuning", checkpoint=checkpoint)
-    clip.net.eval()
-    return log
 
 
 def _recipe(settings: Finetuning | BadEncoder) -> Recipe:

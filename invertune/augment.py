@@ -1,11 +1,13 @@
-"""Image augmentation as a pure function of (seed, step)."""
+"""Image augmentations, each a pure function of (seed, step)."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import AutoAugment
 
+from invertune.settings import Par
 from invertune.training import generator
 
 
@@ -27,3 +29,38 @@ def augment(images: Tensor, seed: int, step: int) -> Tensor:
     grid = F.affine_grid(affine.to(images.device), list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     return (moved * gain).clamp(0, 1)
+
+
+def auto_augment(images: Tensor, seed: int, step: int) -> Tensor:
+    """AutoAugment's ImageNet policy on uint8 [N, 3, H, W] (CPU), drawn per image by (seed, step).
+
+    CleanCLIP's second view of the images. torchvision draws from torch's global generator, whose
+    state is put back afterwards.
+    """
+    policy = AutoAugment()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator(seed, step, 1).initial_seed())
+        return torch.stack([policy(image) for image in images])
+
+
+def noise_and_erase(images: Tensor, fill: Tensor, settings: Par, seed: int, step: int) -> Tensor:
+    """PAR's augmentation of [N, 3, H, W] in [0, 1], by (seed, step).
+
+    With ``noise_probability`` an image gets the positive part of Gaussian noise (so it may exceed
+    1, as in PAR's code); with ``erase_probability`` a square of ``erase_area`` (shares of the
+    image) becomes ``fill`` [1, 3, 1, 1], the mean color: zero once images are normalized.
+    """
+    rng = generator(seed, step, 2)
+    n, _, height, width = images.shape
+    noise = (settings.noise_std * torch.randn(images.shape, generator=rng)).clamp(0, 1)
+    noisy = torch.rand(n, 1, 1, 1, generator=rng) < settings.noise_probability
+    low, high = settings.erase_area
+    area = torch.empty(n, 1, 1).uniform_(low, high, generator=rng) * height * width
+    side = area.sqrt().round()
+    top = (torch.rand(n, 1, 1, generator=rng) * (height - side + 1)).floor()
+    left = (torch.rand(n, 1, 1, generator=rng) * (width - side + 1)).floor()
+    row, column = torch.arange(height).view(1, -1, 1), torch.arange(width).view(1, 1, -1)
+    inside = (row >= top) & (row < top + side) & (column >= left) & (column < left + side)
+    erased = inside & (torch.rand(n, 1, 1, generator=rng) < settings.erase_probability)
+    changed = images + (noise * noisy).to(images.device)
+    return torch.where(erased[:, None].to(images.device), fill, changed)

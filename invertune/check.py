@@ -17,7 +17,6 @@ from invertune.models import (
     WEIGHTS,
     WEIGHTS_LOCK,
     ModelError,
-    file_hash,
     load_embedded,
 )
 from invertune.pictograms import ARCHIVE
@@ -28,40 +27,36 @@ PAPER_DATA = ("cc3m", "imagenet/train", "imagenet/val", "coco/val2017", "coco/an
 
 def report() -> tuple[list[str], bool]:
     """The lines of the report, and whether everything that smoke and mini need is there."""
-    models = {b: model_state(b) for b in BACKBONES}
-    sprites = ARCHIVE.is_file()
-    ready = sprites and models["RN50"].startswith("found")
+    models = {b: _model(b) for b in BACKBONES}
+    sprites, store = ARCHIVE.is_file(), default_root()
+    disk = next(p for p in (store, *store.parents) if p.exists())
     lines = [
-        "versions   " + ", ".join(f"{k} {v}" for k, v in provenance.versions().items()),
-        "device     " + _device(),
-        "memory     " + _memory(),
-        "disk       " + _disk(),
-        "data       "
-        + (
-            f"pictograms found ({ARCHIVE.stat().st_size / 1e6:.0f} MB)"
-            if sprites
-            else f"pictograms MISSING: no {ARCHIVE}"
-        ),
-        "           " + _paper_data(),
+        f"versions   {', '.join(f'{k} {v}' for k, v in provenance.versions().items())}",
+        f"device     {_device()}",
+        f"memory     {_memory()}",
+        f"disk       {shutil.disk_usage(disk).free / 1e9:.1f} GB free at {disk}",
+        f"data       pictograms {'found' if sprites else 'MISSING'}: {ARCHIVE}",
+        f"           {_paper_data()}",
         *(f"model      {backbone}: {state}" for backbone, state in models.items()),
-        f"store      {default_root()}: {len(entries(default_root()))} artifacts",
-        "next       " + _next(sprites, models),
+        f"store      {store}: {len(entries(store))} artifacts",
+        f"next       {_next(sprites, models)}",
     ]
-    return lines, ready
+    return lines, sprites and models["RN50"].startswith("found")
 
 
-def model_state(backbone: str, models: Path = MODEL_FOLDER) -> str:
+def _model(backbone: str) -> str:
     """ "found" with the weights' SHA-256, or what is wrong with a shipped model."""
-    weights = models / backbone / WEIGHTS
+    folder = MODEL_FOLDER / backbone
+    weights = folder / WEIGHTS
     if backbone not in json.loads(WEIGHTS_LOCK.read_text()):
         return f"not shipped; makes it: python -m invertune pretrain {backbone}"
-    if not (models / backbone / CONFIG).is_file() or not weights.is_file():
+    if not (folder / CONFIG).is_file() or not weights.is_file():
         return f"MISSING: no {weights}"
     try:
-        load_embedded(backbone, models=models)
+        load_embedded(backbone)
     except ModelError as error:
         return f"DAMAGED: {error}"
-    return f"found, SHA-256 {file_hash(weights)[:12]}"
+    return f"found, SHA-256 {provenance.file_hash(weights)[:12]}"
 
 
 def _device() -> str:
@@ -78,20 +73,12 @@ def _memory() -> str:
     return f"{total:.1f} GB, {os.sysconf('SC_AVPHYS_PAGES') * page:.1f} GB free"
 
 
-def _disk() -> str:
-    root = default_root()
-    there = next(p for p in (root, *root.parents) if p.exists())
-    return f"{shutil.disk_usage(there).free / 1e9:.1f} GB free at {there}"
-
-
 def _paper_data() -> str:
     root = os.environ.get("INVERTUNE_DATA")
     if not root:
-        return (
-            "CC3M, ImageNet-1K, COCO: INVERTUNE_DATA is not set (only the profile paper needs it)"
-        )
+        return "CC3M, ImageNet-1K, COCO: INVERTUNE_DATA is not set (only profile paper needs it)"
     missing = [name for name in PAPER_DATA if not (Path(root) / name).is_dir()]
-    return f"{root}: " + (f"MISSING {', '.join(missing)}" if missing else "all folders found")
+    return f"{root}: {'MISSING ' + ', '.join(missing) if missing else 'all folders found'}"
 
 
 def _next(sprites: bool, models: dict[str, str]) -> str:

@@ -15,9 +15,10 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from invertune.provenance import REPOSITORY
 from invertune.results import IDENTITY, cell_text, natural_order
 
-CLAIMS = Path(__file__).resolve().parent.parent / "expected" / "claims.yml"
+CLAIMS = REPOSITORY / "expected" / "claims.yml"
 RELATIONS = ("lowest", "at_most", "at_least", "rank_at_most")
 REQUIRED = ("id", "text", "source", "filter")
 OPTIONAL = ("each", "mean_over", "in_at_least")
@@ -51,6 +52,11 @@ class Claim:
     mean_over: tuple[str, ...] = ()
     in_at_least: int | None = None
 
+    @property
+    def grouped(self) -> tuple[str, ...]:
+        """The columns by which the rows of one seed are told apart."""
+        return (*self.each, *self.mean_over, *(self.subject or ())[:1])
+
 
 def load_claims(group: str = "", path: Path = CLAIMS) -> list[Claim]:
     """The claims of expected/claims.yml whose id starts with ``group`` and a dot ("" for all).
@@ -59,7 +65,8 @@ def load_claims(group: str = "", path: Path = CLAIMS) -> list[Claim]:
     claim and the unknown key, column or group.
     """
     claims = [parse_claim(raw) for raw in yaml.safe_load(path.read_text(encoding="utf-8"))]
-    twice = [c.id for i, c in enumerate(claims) if c.id in [other.id for other in claims[:i]]]
+    ids = [claim.id for claim in claims]
+    twice = [name for name in ids if ids.count(name) > 1]
     if twice:
         raise ClaimError(f"claim {twice[0]} stands twice in {path}")
     chosen = [claim for claim in claims if not group or claim.id.startswith(f"{group}.")]
@@ -70,76 +77,68 @@ def load_claims(group: str = "", path: Path = CLAIMS) -> list[Claim]:
 
 def parse_claim(raw: Mapping[str, Any]) -> Claim:
     """One entry of the file as a ``Claim``; ``ClaimError`` for anything it does not know."""
-    name = raw.get("id", "without id")
+    name = f"claim {raw.get('id', 'without id')}"
+    for key in raw:
+        if key not in (*REQUIRED, *OPTIONAL, *RELATIONS):
+            raise ClaimError(f"{name}: unknown key {key!r}")
+    for key in REQUIRED:
+        if key not in raw:
+            raise ClaimError(f"{name}: {key} is missing")
     relations = [key for key in raw if key in RELATIONS]
-    unknown = [key for key in raw if key not in (*REQUIRED, *OPTIONAL, *RELATIONS)]
-    missing = [key for key in REQUIRED if key not in raw]
-    if unknown or missing:
-        raise ClaimError(
-            f"claim {name}: unknown key {unknown[0]!r}"
-            if unknown
-            else f"claim {name}: {missing[0]} is missing"
-        )
     if len(relations) != 1:
-        raise ClaimError(f"claim {name}: needs exactly one relation of {', '.join(RELATIONS)}")
-    filters = raw["filter"] if isinstance(raw["filter"], list) else [raw["filter"]]
+        raise ClaimError(f"{name}: needs exactly one relation of {', '.join(RELATIONS)}")
     claim = Claim(
-        name,
-        raw["text"],
-        raw["source"],
-        tuple(_filter(f) for f in filters),
-        relations[0],
+        id=raw["id"],
+        text=raw["text"],
+        source=raw["source"],
+        filters=tuple(
+            {column: tuple(map(cell_text, _listed(values))) for column, values in part.items()}
+            for part in _listed(raw["filter"])
+        ),
+        relation=relations[0],
         each=tuple(raw.get("each", ())),
         mean_over=tuple(raw.get("mean_over", ())),
         in_at_least=raw.get("in_at_least"),
-        **_relation(name, relations[0], raw[relations[0]]),
+        **_relation(f"{name}: {relations[0]}", relations[0], raw[relations[0]]),
     )
-    _check_columns(claim)
+    _check_columns(claim, name)
     return claim
 
 
-def _filter(raw: Mapping[str, Any]) -> Filter:
-    return {
-        column: tuple(cell_text(v) for v in (values if isinstance(values, list) else [values]))
-        for column, values in raw.items()
-    }
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _relation(name: str, relation: str, value: Any) -> dict[str, Any]:
     if relation in ("at_most", "at_least"):
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ClaimError(f"claim {name}: {relation} needs a number, not {value!r}")
+            raise ClaimError(f"{name} needs a number, not {value!r}")
         return {"bound": float(value)}
     given = dict(value) if isinstance(value, Mapping) else {}
     best, rank = given.pop("best", "lowest"), given.pop("rank", 1)
     ranked = relation == "rank_at_most" or (best, rank) == ("lowest", 1)
     if len(given) != 1 or best not in ("lowest", "highest") or rank < 1 or not ranked:
         raise ClaimError(
-            f"claim {name}: {relation} needs one column: value, and for rank_at_most "
+            f"{name} needs one column: value, and for rank_at_most "
             f"a rank from 1 and best: lowest or highest; found {value!r}"
         )
-    column, subject = next(iter(given.items()))
+    [(column, subject)] = given.items()
     return {"bound": float(rank), "subject": (column, cell_text(subject)), "best": best}
 
 
-def _check_columns(claim: Claim) -> None:
-    grouped = (*claim.each, *claim.mean_over, *((claim.subject[0],) if claim.subject else ()))
+def _check_columns(claim: Claim, name: str) -> None:
     for rows in claim.filters:
-        for column in (*rows, *grouped):
+        for column in (*rows, *claim.grouped):
             if column not in IDENTITY or column in ("profile", "seed"):
-                raise ClaimError(f"claim {claim.id}: {column!r} is not a column to filter by")
-        for column in grouped:
+                raise ClaimError(f"{name}: {column!r} is not a column to filter by")
             if column not in rows:
-                raise ClaimError(f"claim {claim.id}: column {column} must stand in its filter")
+                raise ClaimError(f"{name}: column {column} must stand in its filter")
         if claim.subject and claim.subject[1] not in rows[claim.subject[0]]:
-            raise ClaimError(f"claim {claim.id}: {claim.subject[1]} is not in its filter")
-    cells: set[tuple[str, ...]] = set()
-    for rows in claim.filters:
-        cells.update(itertools.product(*(rows[column] for column in claim.each)))
-    if claim.in_at_least is not None and claim.in_at_least not in range(1, len(cells) + 1):
+            raise ClaimError(f"{name}: {claim.subject[1]} is not in its filter")
+    cells = {c for rows in claim.filters for c in itertools.product(*(rows[k] for k in claim.each))}
+    if claim.in_at_least is not None and not 1 <= claim.in_at_least <= len(cells):
         raise ClaimError(
-            f"claim {claim.id}: in_at_least is {claim.in_at_least}; "
-            f"it must lie between 1 and {len(cells)}"
+            f"{name}: in_at_least is {claim.in_at_least}; it must lie between 1 and {len(cells)}"
         )
 
 
@@ -167,26 +166,27 @@ def _judged(claim: Claim, results: pd.DataFrame) -> dict[str, object]:
         "spread": float("nan"),
         "verdict": "UNTESTED",
     }
-    profiles = set(results["profile"])
-    if profiles and not profiles <= set(JUDGED):
+    if not set(results["profile"]) <= set(JUDGED):
         return line | {"note": f"claims are judged on {' and '.join(JUDGED)} only"}
     rows = select(claim, results)
-    gap = missing(claim, rows)
-    if gap:
+    if gap := missing(claim, rows):
         return line | {"note": gap}
-    decisive = {seed: _decisive(claim, part) for seed, part in rows.groupby("seed")}
-    seeds = sorted(decisive, key=lambda seed: natural_order("seed", seed))
-    margins = [decisive[seed][1] for seed in seeds]
-    values = "; ".join(f"{seed or '-'}: {cell_text(decisive[seed][0])}" for seed in seeds)
-    spread = round(max(margins) - min(margins), DECIMALS)
+    seeds = sorted(rows["seed"].unique(), key=lambda seed: natural_order("seed", seed))
+    decisive = [_decisive(claim, rows[rows["seed"] == seed]) for seed in seeds]
+    margins = [margin for _, margin in decisive]
+    shown = zip(seeds, decisive, strict=True)
     return line | {
         "seeds": len(seeds),
-        "values": values,
+        "values": "; ".join(f"{seed or '-'}: {cell_text(value)}" for seed, (value, _) in shown),
         "margin": sum(margins) / len(margins),
-        "spread": spread,
+        "spread": _spread(margins),
         "verdict": decide(margins),
         "note": "one seed: the spread is unknown" if len(seeds) == 1 else "",
     }
+
+
+def _spread(margins: Sequence[float]) -> float:
+    return round(max(margins) - min(margins), DECIMALS)
 
 
 def decide(margins: Sequence[float]) -> str:
@@ -194,8 +194,8 @@ def decide(margins: Sequence[float]) -> str:
 
     Without any spread (a rank that is 1 in every seed) there is nothing for the margin to exceed.
     """
-    spread = round(max(margins) - min(margins), DECIMALS)
-    if all(margin < 0 for margin in margins):
+    spread = _spread(margins)
+    if max(margins) < 0:
         return "FAILS"
     if min(margins) >= 0 and (spread == 0 or sum(margins) / len(margins) > spread):
         return "HOLDS"
@@ -207,16 +207,11 @@ def select(claim: Claim, results: pd.DataFrame) -> pd.DataFrame:
 
     Raises ``ClaimError`` naming the column in which rows differ that the claim does not mention.
     """
-    parts = []
-    for wanted in claim.filters:
-        chosen = pd.Series(True, index=results.index)
-        for column, values in wanted.items():
-            chosen &= results[column].isin(values)
-        parts.append(results[chosen])
+    parts = [results[results[list(f)].isin(f).all(axis=1)] for f in claim.filters]
     named = {column for wanted in claim.filters for column in wanted}
     keys = [column for column in IDENTITY if column != "paper_item" or column in named]
     rows = pd.concat(parts)[[*keys, "value"]].drop_duplicates()
-    cell = ["seed", *claim.each, *claim.mean_over, *([claim.subject[0]] if claim.subject else [])]
+    cell = ["seed", *claim.grouped]
     if rows.duplicated(cell).any():
         group = next(part for _, part in rows.groupby(cell) if len(part) > 1)
         odd = next(column for column in (*keys, "value") if group[column].nunique() > 1)
@@ -255,12 +250,12 @@ def _cell(claim: Claim, rows: pd.DataFrame) -> tuple[float, float]:
         return value, round(margin, DECIMALS)
     column, subject = claim.subject
     means = rows.groupby(column)["value"].mean()
-    sign = 1 if claim.best == "lowest" else -1
+    sign, rank = 1 if claim.best == "lowest" else -1, int(claim.bound)
     others = sorted(sign * means.drop(subject))
-    if int(claim.bound) > len(others):
+    if rank > len(others):
         raise ClaimError(
-            f"claim {claim.id}: {len(others) + 1} ranks exist, so rank_at_most "
-            f"{int(claim.bound)} is always true"
+            f"claim {claim.id}: {len(others) + 1} ranks exist, so rank_at_most {rank} "
+            "is always true"
         )
     value = float(means[subject])
-    return value, round(others[int(claim.bound) - 1] - sign * value, DECIMALS)
+    return value, round(others[rank - 1] - sign * value, DECIMALS)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from invertune import pictograms
-from invertune.models import file_hash
 from invertune.pictograms import Scene
+from invertune.provenance import file_hash
 from invertune.settings import Data, Settings
 from invertune.store import obtain
 
@@ -117,19 +117,22 @@ def caption_pairs(data: Data, part: str, count: int, store: Path) -> Pairs:
     return Pairs(scenes.images, tuple(c[0] for c in scenes.captions), scenes.objects)
 
 
-def labeled_images(data: Data, part: str, count: int, store: Path) -> Labeled:
+def labeled_images(data: Data, part: str, count: int, store: Path, style: str = "") -> Labeled:
     """``count`` labeled images of ``part``, balanced over the classes.
 
-    In the part "evaluation" every second image of a class shows a drawing never trained on.
+    In the part "evaluation" every second image of a class shows a drawing never trained on. With
+    ``style``, another distribution: drawings of that style only, on plain backgrounds.
     """
     sprites = pictograms.load_sprites()
     unseen = part == "evaluation"
     scenes = _scenes(
         data,
-        part,
+        f"{part}, {style}" if style else part,
         count,
         store,
-        lambda i: pictograms.labeled_scene(part, i, data.image_size_px, data.seed, sprites, unseen),
+        lambda i: pictograms.labeled_scene(
+            part, i, data.image_size_px, data.seed, sprites, unseen, style
+        ),
     )
     return Labeled(scenes.images, scenes.objects[:, 0])
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from invertune import data as datasets
 from invertune import figures, image_figures, steps, tables, triggers
+from invertune.chain import NULLS, Chain, Model, class_head
 from invertune.image_figures import Example
 from invertune.models import embed_images, to_pixels
 from invertune.reports import increases, largest_increases
-from invertune.steps import Chain
 from invertune.target_identification import ranked_increases
 from invertune.triggers import Trigger
 
@@ -91,7 +91,7 @@ def gate_figure(chain: Chain, results: pd.DataFrame) -> Figure:
 def ranking_table(chain: Chain) -> pd.DataFrame:
     """Per model and seed: the candidates after re-ranking, with mask sizes and increases."""
     names, lines = datasets.class_names(chain.settings.data), []
-    for attack in (*steps.NULLS, *chain.settings.attacks.names):
+    for attack in (*NULLS, *chain.settings.attacks.names):
         for seed in chain.settings.seeds:
             found = steps.identified(chain, attack, seed).metrics
             gains = largest_increases(chain, attack, seed)
@@ -105,7 +105,7 @@ def ranking_table(chain: Chain) -> pd.DataFrame:
                     "mask L1 at equal ASR": ", ".join(sizes),
                     "largest increase": ", ".join(f"{gains[c]:+.1f}" for c in chosen),
                     "found": "(null)"
-                    if attack in steps.NULLS
+                    if attack in NULLS
                     else "yes"
                     if chosen[0] == chain.settings.target
                     else "NO",
@@ -144,7 +144,7 @@ def inversion_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
             "mask L1 at equal ASR": _column(own, metric="mask_l1", variant="", **where),
             "of the clean model's": _column(own, metric="mask_l1_ratio", **where),
         },
-        steps.NULLS,
+        NULLS,
     )
 
 
@@ -153,8 +153,8 @@ def figure5b(chain: Chain, results: pd.DataFrame) -> Figure:
     own = _own(chain, results)
     inverted = tables.by_seed(own, "attack", metric="inverted_asr")
     original = tables.by_seed(own, "attack", metric="asr", paper_item="figure5")
-    null = {name: inverted[name] for name in steps.NULLS}
-    shown = {name: values for name, values in inverted.items() if name not in steps.NULLS}
+    null = {name: inverted[name] for name in NULLS}
+    shown = {name: values for name, values in inverted.items() if name not in NULLS}
     return figures.figure5b(original, shown, null)
 
 
@@ -293,8 +293,8 @@ def figure1(chain: Chain, results: pd.DataFrame) -> Figure:
     )
 
 
-def predicted_names(chain: Chain, model: steps.Model, images: Tensor) -> list[str]:
+def predicted_names(chain: Chain, model: Model, images: Tensor) -> list[str]:
     """The class names a model predicts for images (uint8 or in [0, 1])."""
-    head = steps.class_head(chain, model.clip)
+    head = class_head(chain, model.clip)
     names = datasets.class_names(chain.settings.data)
     return [names[i] for i in (embed_images(model.clip, images) @ head.T).argmax(1).tolist()]

@@ -106,13 +106,13 @@ def predicted_counts(features: Tensor, head: Tensor) -> Tensor:
     return predictions(features, head).cpu().bincount(minlength=len(head))
 
 
-def clean_accuracy(features: Tensor, head: Tensor, labels: Tensor) -> Rate:
-    """Percent of images whose top-1 class is their label (CA, section 4.1).
+def clean_accuracy(features: Tensor, head: Tensor, labels: Tensor, k: int = 1) -> Rate:
+    """Percent of images whose label is among their top ``k`` classes (CA, section 4.1).
 
     ``features`` [N, D] of clean images, ``head`` [C, D], ``labels`` [N] class indices.
     """
     classes = torch.arange(len(head))
-    return rate(match_ranks(features, head, labels, classes) < 1)
+    return rate(match_ranks(features, head, labels, classes) < k)
 
 
 def attack_success_rate(

@@ -6,7 +6,6 @@ Images enter the encoders as [N, 3, H, W] float32 in [0, 1]; normalization happe
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from invertune.provenance import file_hash
 
 MODEL_FOLDER = Path(__file__).resolve().parent.parent / "data" / "mini" / "models"
 BACKBONES = ("RN50", "RN101", "ViT-B-16", "ViT-B-32")
@@ -86,8 +87,7 @@ def load_embedded(
         raise ModelError(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}")
     clip, path = build_clip(models / backbone, backbone, device), models / backbone / WEIGHTS
     load_weights(clip, path)
-    locked = json.loads(WEIGHTS_LOCK.read_text()).get(backbone)
-    if locked != file_hash(path):
+    if locked_hash(backbone) != file_hash(path):
         raise ModelError(
             f"{path} is not the file recorded in {WEIGHTS_LOCK.name} (its SHA-256 differs); "
             "restore it with: git checkout data/mini/models"
@@ -95,9 +95,9 @@ def load_embedded(
     return clip
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def locked_hash(backbone: str) -> str | None:
+    """SHA-256 of the shipped weights of ``backbone``, as recorded; None for no record."""
+    return json.loads(WEIGHTS_LOCK.read_text()).get(backbone)
 
 
 def load_weights(clip: Clip, path: Path) -> None:

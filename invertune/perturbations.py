@@ -1,11 +1,13 @@
 """Universal adversarial perturbations of a suspected model, none of them told a target.
 
 A patch and an L-infinity ball are optimized directly, each to move images away from their own
-features or from the text of their own prediction; AdvCLIP's generator makes a third kind.
+features or from the text of their own prediction; AdvCLIP's generator and single Fourier waves are
+two more kinds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +19,7 @@ from invertune.advclip import generated_patch
 from invertune.models import Clip, image_features, to_pixels
 from invertune.settings import Identification
 from invertune.training import batch_indices, generator, progress
+from invertune.triggers import Trigger
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,27 @@ class View:
 
 
 def paste(images: Tensor, patch: Tensor) -> Tensor:
-    """Places ``patch`` [3, p, p] where the released code does: 14 of 224 px from the corner."""
-    size = images.shape[-1]
-    start = size - round(size * 14 / 224) - patch.shape[-1]
+    """Places ``patch`` [3, p, p] where the released code does."""
+    start = patch_start(images.shape[-1], patch.shape[-1])
     return triggers.paste(images, patch, start, start)
+
+
+def patch_start(size: int, patch: int) -> int:
+    """First row and column of a patch: 14 of 224 px from the bottom right corner (released code)."""
+    return size - round(size * 14 / 224) - patch
 
 
 def perturb(kind: str, tensor: Tensor, images: Tensor) -> Tensor:
     """Images in [0, 1] under the perturbation ``tensor`` of a kind."""
-    return triggers.add(images, tensor) if kind.startswith("ball") else paste(images, tensor)
+    return triggers.apply(as_trigger(kind, tensor, images.shape[-1]), images)
+
+
+def as_trigger(kind: str, tensor: Tensor, size: int) -> Trigger:
+    """The perturbation ``tensor`` of a kind as a trigger for images of ``size`` px."""
+    if kind == "fourier" or kind.startswith("ball"):
+        return Trigger("sinusoid", size, {"wave": tensor}, {})
+    start = patch_start(size, tensor.shape[-1])
+    return Trigger("patch", size, {"patch": tensor}, {"row": start, "column": start})
 
 
 def universal_patch(view: View, anchors: Tensor, settings: Identification, seed: int) -> Tensor:
@@ -82,6 +97,32 @@ def _move_away(
     return tensor.detach()
 
 
+@torch.no_grad()
+def fourier_wave(view: View, settings: Identification, seed: int) -> Tensor:
+    """The gray plane wave [3, H, W] that moves one batch furthest from its features.
+
+    The single-Fourier attack (Tsuzuku and Sato, CVPR 2019): of all wave vectors of at most
+    ``wave_cycles`` cycles per image, at amplitude ``wave_amplitude``, the best one; no gradients.
+    """
+    size, device, limit = view.clip.image_size, view.clip.device, settings.wave_cycles
+    rows = batch_indices(len(view.images), settings.batch, seed, 0)
+    pixels = to_pixels(view.images[rows], device)
+    y, x = torch.meshgrid(*[torch.arange(size, device=device) / size] * 2, indexing="ij")
+    waves = [
+        settings.wave_amplitude * torch.cos(2 * math.pi * (up * y + across * x) - math.pi / 4)
+        for up in range(limit + 1)
+        for across in range(-limit, limit + 1)
+        if (up, across) > (0, 0) and math.hypot(up, across) <= limit
+    ]
+
+    def cosine(wave: Tensor) -> float:
+        features = image_features(view.clip, triggers.add(pixels, wave))
+        return (features * view.features[rows]).sum(1).mean().item()
+
+    found = min(progress(waves, "Fourier waves"), key=cosine)
+    return found.expand(3, size, size).contiguous()
+
+
 MAKERS: Mapping[str, Callable[[View, Identification, int], Tensor]] = {
     "patch_feature": lambda view, own, seed: universal_patch(view, view.features, own, seed),
     "patch_prediction": lambda view, own, seed: universal_patch(view, view.texts, own, seed),
@@ -90,4 +131,5 @@ MAKERS: Mapping[str, Callable[[View, Identification, int], Tensor]] = {
     "generator": lambda view, own, seed: generated_patch(
         view.clip, view.images, view.features, view.texts, paste, own, seed
     ),
+    "fourier": fourier_wave,
 }

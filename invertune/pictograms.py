@@ -174,11 +174,13 @@ def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))[..., None]
 
 
-def _background(rng: np.random.Generator, sprites: Sprites, size: int) -> tuple[np.ndarray, str]:
+def _background(
+    rng: np.random.Generator, sprites: Sprites, size: int, plain: bool = False
+) -> tuple[np.ndarray, str]:
     """A background [size, size, 3] in [0, 255] and the words for it."""
     name, first = _color(rng)
     other, second = _color(rng)
-    kind = rng.random()
+    kind = 0.0 if plain else rng.random()
     if kind < 0.3:
         return np.broadcast_to(first, (size, size, 3)).copy(), f"a plain {name} background"
     if kind < 0.52:
@@ -240,9 +242,14 @@ class Scene:
 
 
 def _single(
-    rng: np.random.Generator, sprites: Sprites, size: int, label: int, drawings: tuple[int, ...]
+    rng: np.random.Generator,
+    sprites: Sprites,
+    size: int,
+    label: int,
+    drawings: tuple[int, ...],
+    plain: bool = False,
 ) -> Scene:
-    canvas, background = _background(rng, sprites, size)
+    canvas, background = _background(rng, sprites, size, plain)
     drawing = _pick(rng, drawings)
     scale = rng.uniform(0.55, 0.98)
     center = rng.uniform(0.38, 0.62, 2) * size
@@ -320,17 +327,25 @@ def caption_scene(
 
 
 def labeled_scene(
-    part: str, index: int, size: int, seed: int, sprites: Sprites, held_out_drawings: bool
+    part: str,
+    index: int,
+    size: int,
+    seed: int,
+    sprites: Sprites,
+    held_out_drawings: bool,
+    style: str = "",
 ) -> Scene:
     """Scene ``index`` of a balanced classification part (the embedded ImageNet).
 
-    With ``held_out_drawings`` every second image of a class shows a drawing never trained on.
+    With ``held_out_drawings`` every second image of a class shows a drawing never trained on. With
+    ``style``: only drawings of that style (all, for a class that has none), on plain backgrounds.
     """
     rng = np.random.default_rng([seed, PARTS.index(part), index])
     label, turn = index % len(sprites.classes), index // len(sprites.classes)
     unseen = held_out_drawings and turn % 2 == 1
     drawings = sprites.held_out[label] if unseen else sprites.training[label]
-    return _single(rng, sprites, size, label, drawings)
+    own = tuple(i for i in drawings if sprites.entries[i]["style"] == style)
+    return _single(rng, sprites, size, label, own or drawings, plain=bool(style))
 
 
 def retrieval_pairs(

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ import yaml
 
 from invertune.settings import Settings, SettingsError, load_settings
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-RATES = REPOSITORY / "expected" / "rates.json"
+RATES = Path(__file__).resolve().parent.parent / "expected" / "rates.json"
 CONTROLS = 2  # the clean model and the clean model fine-tuned without poison (the nulls)
 
 
@@ -31,6 +31,11 @@ class Work:
     runs: int
     exposures: int
     rate: str
+
+    @property
+    def total(self) -> int:
+        """Image passes of all runs."""
+        return self.runs * self.exposures
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +72,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def planned(settings: Settings) -> list[Work]:
-    """The steps of notebooks 01 to 04 for these settings, over all seeds."""
+    """The steps of all notebooks for these settings, over all seeds; baselines: at most."""
     attacks, seeds = settings.attacks, len(settings.seeds)
     models = seeds * (len(attacks.names) + CONTROLS)
     work = [
@@ -79,69 +84,77 @@ def planned(settings: Settings) -> list[Work]:
         badclip = attacks.badclip
         patch = badclip.patch_steps * badclip.batch // 2  # half batches, as BadCLIP's 64 to 128
         work.append(Work("01_attacks", "badclip patch", seeds, patch, "badclip_patch"))
-    step1, step3 = settings.identification, settings.tuning
-    looks = len(step1.kinds) * step1.steps * step1.batch
-    checks = step1.candidates * step1.check_steps * step1.batch
-    tunings = len(step3.lrs) * _passes(step3)
+    passes = invertune_passes(settings)
+    own, rebound = settings.baselines, settings.rebound
+    defended = seeds * len(attacks.names)
+    again = seeds * len(set(attacks.names) & set(rebound.attacks)) * (len(own.names) + 1)
     return [
         *work,
-        Work("02_target_identification", "perturbations", models, looks, "identification"),
-        Work("02_target_identification", "candidate check", models, checks, "inversion"),
-        Work("03_trigger_inversion", "inversion", models, _passes(settings.inversion), "inversion"),
-        Work("04_activation_tuning", "tuning", models, tunings, "tuning"),
+        *(
+            Work(notebook, step, models, passes[step], rate)
+            for notebook, step, rate in (
+                ("02_target_identification", "perturbations", "identification"),
+                ("02_target_identification", "candidate check", "inversion"),
+                ("03_trigger_inversion", "inversion", "inversion"),
+                ("04_activation_tuning", "tuning", "tuning"),
+            )
+        ),
+        *(
+            Work("05_baselines", name, defended, len(section.lrs) * _passes(section), name)
+            for name in own.names
+            for section in (getattr(own, name),)
+        ),
+        Work("05_baselines", "rebound", again, _passes(rebound), "finetune"),
     ]
+
+
+def invertune_passes(settings: Settings) -> dict[str, int]:
+    """Image passes of InverTune's steps on one suspected model."""
+    step1, step3 = settings.identification, settings.tuning
+    return {
+        "perturbations": len(step1.kinds) * _passes(step1),
+        "candidate check": step1.candidates * step1.check_steps * step1.batch,
+        "inversion": _passes(settings.inversion),
+        "tuning": len(step3.lrs) * _passes(step3),
+    }
 
 
 def _passes(section: Any) -> int:
     return int(section.steps) * int(section.batch)
 
 
-def minutes(work: Work, rates: Mapping[str, Any], image_size_px: int) -> float | None:
-    """Estimated minutes; None where the rate was not measured at this image size."""
-    speed = rates["images_per_second"].get(work.rate)
-    if not speed or rates["image_size_px"] != image_size_px:
-        return None
-    return work.runs * work.exposures / speed / 60
-
-
-def report(
-    settings: Settings, held: Sequence[str], only: str | None = None, rates_file: Path = RATES
-) -> str:
+def report(settings: Settings, held: Sequence[str], only: str | None = None) -> str:
     """The plan as text. ``held`` names the step of every artifact in the store."""
-    rates = json.loads(rates_file.read_text())
+    rates, size = json.loads(RATES.read_text()), settings.data.image_size_px
+    measured = rates["image_size_px"] == size
+    speeds, peaks = (rates[k] if measured else {} for k in ("images_per_second", "peak_mb"))
     chosen = [w for w in planned(settings) if w.notebook.startswith(only or "")]
-    size = settings.data.image_size_px
-    lines = [
-        f"profile {settings.profile}, {settings.backbone}, {size} px, "
-        f"target {settings.target}, seeds {', '.join(map(str, settings.seeds))}",
-        "",
-        f"{'notebook':25}{'step':17}{'runs':>5}{'exposures':>13}{'minutes':>14}",
-    ]
-    for work in chosen:
-        estimate = _text(minutes(work, rates, size), "not measured")
-        lines.append(
-            f"{work.notebook:25}{work.step:17}{work.runs:5}"
-            f"{work.runs * work.exposures:13,}{estimate:>14}"
-        )
-    total = sum(w.runs * w.exposures for w in chosen)
-    known = [minutes(w, rates, size) for w in chosen]
-    whole = None if None in known or not known else sum(m for m in known if m is not None)
-    lines.append(f"{'total':47}{total:13,}{_text(whole, 'not measured'):>14}")
-    peaks = [rates["peak_mb"].get(w.rate) for w in chosen if rates["image_size_px"] == size]
-    memory = f"{max(peaks):,.0f} MB" if peaks and all(peaks) else "not measured yet"
-    held_text = ", ".join(f"{n} {step}" for step, n in sorted(Counter(held).items()))
-    lines += [
-        "",
-        f"memory: {memory}",
-        f"rates measured on: {rates['device'] or 'nothing yet'}",
-        f"the store holds: {held_text or 'nothing'}; what it holds for these settings is "
-        "found in 0 s and not computed again",
-    ]
-    return "\n".join(lines)
+    minutes = [w.total / speeds.get(w.rate, math.nan) / 60 for w in chosen]
+    known = chosen and all(w.rate in peaks for w in chosen)
+    memory = f"{max(peaks[w.rate] for w in chosen):,} MB" if known else "not measured yet"
+    steps = ", ".join(f"{n} {step}" for step, n in sorted(Counter(held).items())) or "nothing"
+    return "\n".join(
+        [
+            f"profile {settings.profile}, {settings.backbone}, {size} px, "
+            f"target {settings.target}, seeds {', '.join(map(str, settings.seeds))}",
+            "",
+            f"{'notebook':25}{'step':17}{'runs':>5}{'exposures':>13}{'minutes':>14}",
+            *(
+                f"{w.notebook:25}{w.step:17}{w.runs:5}{w.total:13,}{_text(cost):>14}"
+                for w, cost in zip(chosen, minutes, strict=True)
+            ),
+            f"{'total':47}{sum(w.total for w in chosen):13,}{_text(sum(minutes)):>14}",
+            "",
+            f"memory: {memory}",
+            f"rates measured on: {rates['device']}",
+            f"the store holds: {steps}; what it holds for these settings is "
+            "found in 0 s and not computed again",
+        ]
+    )
 
 
-def _text(value: float | None, otherwise: str) -> str:
-    return otherwise if value is None else f"{value:.1f}"
+def _text(minutes: float) -> str:
+    return "not measured" if math.isnan(minutes) else f"{minutes:.1f}"
 
 
 def show(options: argparse.Namespace) -> int:

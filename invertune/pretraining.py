@@ -15,21 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invertune import data as datasets
-from invertune import steps
 from invertune.augment import augment
+from invertune.chain import Chain, open_chain
+from invertune.evaluation import utility
 from invertune.models import (
     MODEL_FOLDER,
     WEIGHTS,
     WEIGHTS_LOCK,
     Clip,
     build_clip,
-    file_hash,
     image_features,
     load_embedded,
     save_weights,
     to_pixels,
 )
-from invertune.provenance import commit, versions
+from invertune.provenance import commit, file_hash, versions
 from invertune.settings import as_yaml, load_settings
 from invertune.training import Recipe, contrastive_loss, fit, generator
 
@@ -105,7 +105,7 @@ def pretrain_embedded(backbone: str, profile: str = "mini") -> Path:
     Resumes after a kill from the checkpoints in the store. Returns the model's folder.
     """
     settings = load_settings(profile, {"backbone": backbone})
-    chain, own = steps.open_chain(settings), settings.pretraining
+    chain, own = open_chain(settings), settings.pretraining
     folder, work = MODEL_FOLDER / backbone, chain.store / "pretraining" / backbone
     pairs = datasets.caption_pairs(
         settings.data, "pretraining", settings.data.pretraining_pairs, chain.store
@@ -141,14 +141,14 @@ def pretrain_embedded(backbone: str, profile: str = "mini") -> Path:
     return folder
 
 
-def publish_weights(chain: steps.Chain, clip: Clip, folder: Path, hours: float) -> None:
+def publish_weights(chain: Chain, clip: Clip, folder: Path, hours: float) -> None:
     """Writes float16 weights and the model card, with scores of float32 and float16 weights."""
     clip.net.eval()
-    full = steps.utility(chain, clip)
+    full = utility(chain, clip)
     save_weights(clip, folder / WEIGHTS, torch.float16)
     locked = json.loads(WEIGHTS_LOCK.read_text()) | {clip.backbone: file_hash(folder / WEIGHTS)}
     WEIGHTS_LOCK.write_text(json.dumps(dict(sorted(locked.items())), indent=2) + "\n")
-    half = steps.utility(chain, load_embedded(clip.backbone, chain.device))
+    half = utility(chain, load_embedded(clip.backbone, chain.device))
     parameters = sum(p.numel() for p in clip.net.parameters())
     lines = [
         f"| {name} | {full[name].value:.2f} | {half[name].value:.2f} | {half[name].n} |"

@@ -1,8 +1,8 @@
-"""Where a result comes from: package versions, the commit, peak memory."""
+"""Where a result comes from: file hashes, package versions, the commit, peak memory."""
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import platform
 import resource
 import subprocess
@@ -16,13 +16,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "safetensors", "numpy")
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that can change a number."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+    found = {package: metadata.version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), **found}
 
 
 def commit() -> str | None:

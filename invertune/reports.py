@@ -6,6 +6,7 @@ returns rows for ``results.write_rows``; ``record`` writes them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import torch
 
 from invertune import data as datasets
 from invertune import steps
+from invertune.chain import NULLS, Chain, pretrained
+from invertune.evaluation import evaluated
 from invertune.metrics import Rate
 from invertune.provenance import REPOSITORY
 from invertune.results import rate_row, row, write_rows, write_runs
-from invertune.steps import NULLS, Chain
 from invertune.store import Artifact
 from invertune.target_identification import Increase, ranked_increases
 
@@ -52,102 +54,80 @@ def record(chain: Chain, rows: Sequence[dict[str, str]]) -> pd.DataFrame:
 
 
 def _run(artifact: Artifact) -> dict[str, Any]:
-    meta = artifact.meta
-    versions = ";".join(f"{k}={v}" for k, v in meta["versions"].items())
-    return {
-        "key": artifact.key,
-        "step": meta["step"],
-        "seconds": meta["seconds"],
-        "peak_mb": meta["peak_mb"],
-        "device": meta["device"],
-        "versions": versions,
-        "commit": meta["commit"] or "",
-    }
+    versions = ";".join(f"{k}={v}" for k, v in artifact.meta["versions"].items())
+    return {**artifact.meta, "key": artifact.key, "versions": versions}
 
 
-def _base(chain: Chain, attack: str, seed: int, key: str, **columns: Any) -> dict[str, Any]:
+def shared_columns(
+    chain: Chain, attack: str, seed: int, key: str, defense: str = "none", **columns: Any
+) -> dict[str, Any]:
+    """The columns that rows of one model share; rows are extras unless they say otherwise."""
     own = chain.settings
-    return {
-        "profile": own.profile,
-        "backbone": own.backbone,
-        "attack": attack,
-        "target": own.target,
-        "seed": seed,
-        "key": key,
-        **columns,
-    }
+    place = {"profile": own.profile, "backbone": own.backbone, "target": own.target}
+    about = {"attack": attack, "seed": seed, "key": key, "defense": defense}
+    return {**place, **about, "paper_item": "extra", **columns}
 
 
-def _rates(artifact: Artifact) -> dict[str, Rate]:
+def metric_row(
+    base: dict[str, Any], metric: str, value: Rate | float, **columns: Any
+) -> dict[str, str]:
+    """A row of ``base`` with one number, and its interval where it is a rate."""
+    given = {**base, **columns, "metric": metric}
+    return rate_row(value, **given) if isinstance(value, Rate) else row(value=value, **given)
+
+
+def rates(artifact: Artifact) -> dict[str, Rate]:
+    """The measured rates of an evaluation artifact, e.g. "zeroshot.asr.1"."""
     return {name: Rate(*value) for name, value in artifact.metrics.items()}
 
 
-def _grid(chain: Chain, nulls: bool = False) -> Iterable[tuple[str, int]]:
+def grid(chain: Chain, nulls: bool = False) -> Iterable[tuple[str, int]]:
+    """Every attack (with ``nulls``: the controls too) and seed of the profile."""
     names = (*NULLS, *chain.settings.attacks.names) if nulls else chain.settings.attacks.names
-    return [(attack, seed) for attack in names for seed in chain.settings.seeds]
+    return itertools.product(names, chain.settings.seeds)
 
 
 def attack_rows(chain: Chain) -> list[dict[str, str]]:
     """Notebook 01: CA and ASR of every undefended model, its floors and the clean model's null."""
     rows: list[dict[str, str]] = []
-    clean = steps.pretrained(chain)
-    for attack, seed in _grid(chain):
+    for attack, seed in grid(chain):
+        rows += undefended_rows(chain, attack, seed)
+    for attack, seed in itertools.product(NULLS, chain.settings.seeds):
         model = steps.poisoned(chain, attack, seed)
-        done = steps.evaluated(chain, model, model.trigger, model.key, seed)
-        null = steps.evaluated(chain, clean, model.trigger, model.key, seed)
-        floor = steps.evaluated(chain, model, None, "none", seed)
-        base = _base(chain, attack, seed, done.key, defense="none")
-        rows += _table1(done, base)
-        drop = _rates(null)["zeroshot.ca.1"].value - _rates(done)["zeroshot.ca.1"].value
-        shown: dict[str, Any] = {"paper_item": "extra", "task": "zeroshot", "k": 1}
-        rows.append(row(**base, **shown, metric="ca_loss", value=drop))
-        rows.append(
-            rate_row(
-                _rates(floor)["zeroshot.asr.1"],
-                **{**base, "key": floor.key},
-                **shown,
-                metric="asr",
-                variant="floor=untriggered",
-            )
-        )
-        rows.append(
-            rate_row(
-                _rates(null)["zeroshot.asr.1"],
-                **{**base, "key": null.key},
-                **shown,
-                metric="asr",
-                variant="floor=clean_model",
-            )
-        )
-    for attack, seed in ((a, s) for a in NULLS for s in chain.settings.seeds):
-        model = steps.poisoned(chain, attack, seed)
-        done = steps.evaluated(chain, model, None, "none", seed)
-        base = _base(chain, attack, seed, done.key, defense="none")
-        rows += [r for r in _table1(done, base, "extra") if r["metric"] == "ca"]
+        done = evaluated(chain, model, None, "none", seed)
+        found = _table1(done, shared_columns(chain, attack, seed, done.key), "extra")
+        rows += [r for r in found if r["metric"] == "ca"]
+    return rows
+
+
+def undefended_rows(chain: Chain, attack: str, seed: int) -> list[dict[str, str]]:
+    """CA and ASR of one poisoned model, its floors, and its CA loss to the clean model."""
+    clean, model = pretrained(chain), steps.poisoned(chain, attack, seed)
+    done = evaluated(chain, model, model.trigger, model.key, seed)
+    null = evaluated(chain, clean, model.trigger, model.key, seed)
+    floor = evaluated(chain, model, None, "none", seed)
+    base = shared_columns(chain, attack, seed, done.key)
+    rows = _table1(done, base)
+    base |= {"task": "zeroshot", "k": 1}
+    drop = rates(null)["zeroshot.ca.1"].value - rates(done)["zeroshot.ca.1"].value
+    rows.append(metric_row(base, "ca_loss", drop))
+    for name, artifact in (("untriggered", floor), ("clean_model", null)):
+        asr = rates(artifact)["zeroshot.asr.1"]
+        rows.append(metric_row(base, "asr", asr, key=artifact.key, variant={"floor": name}))
     return rows
 
 
 def _table1(artifact: Artifact, base: dict[str, Any], item: str = "table1") -> list[dict[str, str]]:
     """CA and ASR rows of both tasks; other k and the all-images ASR are extras."""
     rows = []
-    for name, rate in _rates(artifact).items():
+    for name, rate in rates(artifact).items():
         task, metric, k = name.split(".")
+        columns: dict[str, Any] = {"task": task, "k": k}
         if metric == "t2i":
-            metric, variant = "ca", "direction=text_to_image"
-        else:
-            variant = ""
-        main = metric in ("ca", "asr") and k == {"zeroshot": "1", "retrieval": "10"}[task]
-        rows.append(
-            rate_row(
-                rate,
-                **base,
-                paper_item=item if main and not variant else "extra",
-                task=task,
-                metric=metric,
-                k=k,
-                variant=variant,
-            )
-        )
+            metric, columns["variant"] = "ca", "direction=text_to_image"
+        elif metric in ("ca", "asr") and (task, k) in (("zeroshot", "1"), ("retrieval", "10")):
+            columns["paper_item"] = item
+        rows.append(metric_row(base, metric, rate, **columns))
     return rows
 
 
@@ -155,26 +135,16 @@ def identification_rows(chain: Chain) -> list[dict[str, str]]:
     """Notebook 02: rank of the true target, and the twenty largest increases of every kind."""
     names = datasets.class_names(chain.settings.data)
     rows: list[dict[str, str]] = []
-    for attack, seed in _grid(chain, nulls=True):
+    for attack, seed in grid(chain, nulls=True):
         done = steps.identified(chain, attack, seed)
-        base = _base(chain, attack, seed, done.key, defense="none")
+        base = shared_columns(chain, attack, seed, done.key, task="zeroshot")
         ranking = done.metrics["ranking"]
         rank = ranking.index(chain.target) + 1 if chain.target in ranking else len(names)
-        rows.append(
-            row(**base, paper_item="extra", task="zeroshot", metric="target_rank", value=rank)
-        )
+        rows.append(metric_row(base, "target_rank", rank))
         for place, (label, score) in enumerate(zip(ranking, done.metrics["scores"], strict=True)):
-            size = _full_mask(chain) if score is None else score
-            rows.append(
-                row(
-                    **base,
-                    paper_item="extra",
-                    task="zeroshot",
-                    metric="mask_l1",
-                    variant={"candidate": place + 1, "class": names[label]},
-                    value=size,
-                )
-            )
+            size = full_mask(chain) if score is None else score
+            variant = {"candidate": place + 1, "class": names[label]}
+            rows.append(metric_row(base, "mask_l1", size, variant=variant))
         rows += _increase_rows(increases(done), names, IDENTIFICATION_TABLES.get(attack), base)
     return rows
 
@@ -187,16 +157,14 @@ def _increase_rows(
     rows = []
     for kind, increase in found.items():
         for name, before, after, points in ranked_increases(increase, names):
-            shared = {**base, "task": "zeroshot", "n": int(increase.clean.sum())}
+            shared = {**base, "n": int(increase.clean.sum())}
             extra = {"class": name, "perturbation": kind}
-            rows.append(
-                row(**shared, paper_item="extra", metric="increase", variant=extra, value=points)
-            )
+            rows.append(metric_row(shared, "increase", points, variant=extra))
             if table and kind == strongest:
                 shared |= {"paper_item": table, "variant": {"class": name}}
-                rows.append(row(**shared, metric="increase", value=points))
-                rows.append(row(**shared, metric="clean_count", value=before))
-                rows.append(row(**shared, metric="adversarial_count", value=after))
+                rows.append(metric_row(shared, "increase", points))
+                rows.append(metric_row(shared, "clean_count", before))
+                rows.append(metric_row(shared, "adversarial_count", after))
     return rows
 
 
@@ -215,7 +183,7 @@ def largest_increases(chain: Chain, attack: str, seed: int) -> dict[str, float]:
     return dict(zip(datasets.class_names(chain.settings.data), points, strict=True))
 
 
-def _full_mask(chain: Chain) -> int:
+def full_mask(chain: Chain) -> int:
     """Number of mask entries: the size given to a run that never reached the ASR floor."""
     return 3 * chain.settings.data.image_size_px**2
 
@@ -224,80 +192,61 @@ def inversion_rows(chain: Chain) -> list[dict[str, str]]:
     """Notebook 03: inverted ASR on the evaluation set, mask size at equal ASR, beside the nulls."""
     rows: list[dict[str, str]] = []
     sizes: dict[tuple[str, int], float] = {}
-    for attack, seed in _grid(chain, nulls=True):
+    for attack, seed in grid(chain, nulls=True):
         model, found = steps.poisoned(chain, attack, seed), steps.inverted(chain, attack, seed)
         trigger = steps.inverted_trigger(chain, found)
-        fake = _rates(steps.evaluated(chain, model, trigger, found.key, seed))["zeroshot.asr.1"]
-        base = _base(chain, attack, seed, found.key, defense="none", task="zeroshot")
-        rows.append(rate_row(fake, **base, k=1, paper_item="figure5", metric="inverted_asr"))
-        size = found.metrics["mask_l1_at_equal_asr"] or _full_mask(chain)
+        fake = rates(evaluated(chain, model, trigger, found.key, seed))["zeroshot.asr.1"]
+        base = shared_columns(chain, attack, seed, found.key, task="zeroshot")
+        figure = {**base, "paper_item": "figure5", "k": 1}
+        rows.append(metric_row(figure, "inverted_asr", fake))
+        size = found.metrics["mask_l1_at_equal_asr"] or full_mask(chain)
         sizes[attack, seed] = size
-        rows.append(row(**base, paper_item="extra", metric="mask_l1", value=size))
-        if attack != "none":
-            ratio = size / sizes["none", seed]
-            rows.append(row(**base, paper_item="extra", metric="mask_l1_ratio", value=ratio))
+        rows.append(metric_row(base, "mask_l1", size))
+        if attack != "none" and found.metrics["target"] == chain.target:  # like with like
+            rows.append(metric_row(base, "mask_l1_ratio", size / sizes["none", seed]))
         if model.trigger is not None:
-            real = _rates(steps.evaluated(chain, model, model.trigger, model.key, seed))
+            real = rates(evaluated(chain, model, model.trigger, model.key, seed))
             asr = real["zeroshot.asr.1"]
-            rows.append(rate_row(asr, **base, k=1, paper_item="figure5", metric="asr"))
-            rows.append(
-                row(
-                    **base,
-                    k=1,
-                    paper_item="extra",
-                    metric="asr_gap",
-                    value=abs(asr.value - fake.value),
-                )
-            )
+            rows.append(metric_row(figure, "asr", asr))
+            rows.append(metric_row(base, "asr_gap", abs(asr.value - fake.value), k=1))
+    return rows
+
+
+def defense_rows(chain: Chain, defense: str, attack: str, seed: int) -> list[dict[str, str]]:
+    """CA, ASR (Table 1) and CA loss of one defended model, under the true trigger."""
+    suspect = steps.poisoned(chain, attack, seed)
+    model = steps.defended(chain, defense, attack, seed)
+    before = rates(evaluated(chain, suspect, suspect.trigger, suspect.key, seed))
+    done = evaluated(chain, model, model.trigger, suspect.key, seed)
+    base = shared_columns(chain, attack, seed, done.key, defense=defense)
+    rows = _table1(done, base)
+    for task, k in (("zeroshot", 1), ("retrieval", 10)):
+        name = f"{task}.ca.{k}"
+        loss = before[name].value - rates(done)[name].value
+        rows.append(metric_row(base, "ca_loss", loss, task=task, k=k))
     return rows
 
 
 def tuning_rows(chain: Chain) -> list[dict[str, str]]:
     """Notebook 04: layer impacts, and CA and ASR of the purified models (Tables 12 and 1)."""
     rows: list[dict[str, str]] = []
-    for attack, seed in _grid(chain):
-        suspect, model = steps.poisoned(chain, attack, seed), steps.purified(chain, attack, seed)
-        before = _rates(steps.evaluated(chain, suspect, suspect.trigger, suspect.key, seed))
-        done = steps.evaluated(chain, model, model.trigger, suspect.key, seed)
-        base = _base(chain, attack, seed, done.key, defense="invertune")
-        rows += _table1(done, base)
-        for task, k in (("zeroshot", 1), ("retrieval", 10)):
-            name = f"{task}.ca.{k}"
-            rows.append(
-                row(
-                    **base,
-                    paper_item="extra",
-                    task=task,
-                    k=k,
-                    metric="ca_loss",
-                    value=before[name].value - _rates(done)[name].value,
-                )
-            )
-        rows += _layer_rows(chain, attack, seed)
+    for attack, seed in grid(chain):
+        rows += defense_rows(chain, "invertune", attack, seed)
+        rows += layer_rows(chain, attack, seed)
     return rows
 
 
-def _layer_rows(chain: Chain, attack: str, seed: int) -> list[dict[str, str]]:
+def layer_rows(chain: Chain, attack: str, seed: int) -> list[dict[str, str]]:
+    """Tables 12-15 (BadCLIP; other attacks: extras): layer impacts, their statistics, selection."""
     done = steps.tuned(chain, attack, seed)
     found = done.metrics
     item = LAYER_TABLES[chain.settings.backbone] if attack == "badclip" else "extra"
-    base = _base(chain, attack, seed, done.key, defense="none", paper_item=item)
-    rows = [
-        row(**base, metric=f"layer_{name}", value=found[name])
-        for name in ("mean", "std", "threshold")
-    ]
+    base = shared_columns(chain, attack, seed, done.key, paper_item=item)
+    rows = [metric_row(base, f"layer_{name}", found[name]) for name in ("mean", "std", "threshold")]
     for layer, impact in found["impacts"].items():
-        variant = {"layer": layer}
-        rows.append(row(**base, metric="layer_impact", variant=variant, value=impact))
-        selected = int(layer in found["layers"])
-        rows.append(row(**base, metric="layer_selected", variant=variant, value=selected))
-        if selected:
-            rows.append(
-                row(
-                    **base,
-                    metric="critical_neurons",
-                    variant=variant,
-                    value=found["neurons"][layer],
-                )
-            )
+        own = {**base, "variant": {"layer": layer}}
+        rows.append(metric_row(own, "layer_impact", impact))
+        rows.append(metric_row(own, "layer_selected", int(layer in found["layers"])))
+        if layer in found["layers"]:
+            rows.append(metric_row(own, "critical_neurons", found["neurons"][layer]))
     return rows

@@ -14,7 +14,7 @@ import math
 import numbers
 import os
 import re
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,30 +23,9 @@ import pandas as pd
 
 from invertune.metrics import Rate
 from invertune.models import BACKBONES
+from invertune.provenance import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-COLUMNS = (
-    "profile",
-    "paper_item",
-    "backbone",
-    "attack",
-    "target",
-    "defense",
-    "task",
-    "metric",
-    "k",
-    "variant",
-    "seed",
-    "value",
-    "unit",
-    "n",
-    "ci_low",
-    "ci_high",
-    "key",
-)
-IDENTITY = COLUMNS[: COLUMNS.index("value")]
-RUN_COLUMNS = ("key", "step", "seconds", "peak_mb", "device", "versions", "commit")
-
+Row = Mapping[str, str]  # column to text
 # One order everywhere: tables, figures and the file itself. Names not listed here come after.
 ATTACKS = ("none", "clean_finetuned", "badnet", "blended", "sig", "wanet", "badencoder", "badclip")
 DEFENSES = ("none", "ft", "cleanclip", "cleanerclip", "par", "invertune")
@@ -65,22 +44,31 @@ METRICS = {
     "clean_count": "images",  # images predicted as the class, without the perturbation
     "adversarial_count": "images",  # the same with the perturbation
     "target_rank": "rank",  # place of the true target among the candidates, from 1
+    "similarity_rank": "rank",  # of the class found, among the texts nearest to the target's
+    "entropy": "ratio",  # of predictions, over that of equal shares: 1 is uniform
+    "largest_share": "percent",  # of predictions that fall into one class
     "mask_l1": "l1",  # smallest mask size (sum of the mask) at equal inverted ASR
+    "ssim": "ratio",  # structural similarity of images with and without the inverted trigger
+    "adversarial_share": "percent",  # images predicted as the class under a universal perturbation
     "mask_l1_ratio": "ratio",  # mask_l1 of this model over that of the clean model
+    "silhouette": "ratio",  # how far a cluster stands apart in feature space, -1 to 1
     "cosine": "ratio",  # similarity of two features
     "layer_impact": "ratio",  # eq. 8
     "layer_threshold": "ratio",
     "layer_mean": "ratio",
     "layer_std": "ratio",
     "layer_selected": "flag",  # 1: critical layer
+    "layer_overlap": "ratio",  # selected layers shared with BadCLIP's, over those of either
     "critical_neurons": "neurons",
-    "data_ratio": "ratio",  # clean images used by this defense over those used by the baselines
+    "images_available": "images",  # clean images a defense may use
+    "images_seen": "passes",  # image passes it was trained on
+    "data_ratio": "ratio",  # images_available over the baselines'
 }
 
 TASKS = ("zeroshot", "retrieval")
 ORDERS = {"attack": ATTACKS, "defense": DEFENSES, "task": TASKS, "metric": tuple(METRICS)}
 _NUMBER = r"-?\d+(\.\d{1,6})?"
-# column: what its text must look like, and the same in words
+# The columns: what the text of each must look like, and the same in words
 RULES = {
     "profile": ("smoke|mini|paper", "smoke, mini or paper"),
     "paper_item": ("table([1-9]|1[0-5])|figure[1-7]|extra", "table1..15, figure1..7 or extra"),
@@ -100,6 +88,9 @@ RULES = {
     "ci_high": (f"|{_NUMBER}", "a finite number or empty"),
     "key": (r"\S*", "the key of a stored artifact or empty"),
 }
+COLUMNS = tuple(RULES)
+IDENTITY = COLUMNS[: COLUMNS.index("value")]
+RUN_COLUMNS = ("key", "step", "seconds", "peak_mb", "device", "versions", "commit")
 
 
 class ResultsError(ValueError):
@@ -122,26 +113,20 @@ def cell_text(value: object) -> str:
 
 def variant_text(parts: Mapping[str, object]) -> str:
     """``{"lambda4": 0.05}`` as ``lambda4=0.05``; several parts sorted by name, joined by ``;``."""
-    return ";".join(f"{name}={cell_text(parts[name])}" for name in sorted(parts))
+    return ";".join(f"{name}={cell_text(value)}" for name, value in sorted(parts.items()))
 
 
 def row(
-    *,
-    profile: str,
-    paper_item: str,
-    metric: str,
-    value: float,
-    variant: str | Mapping[str, object] = "",
-    **others: object,
+    *, metric: str, value: float, variant: str | Mapping[str, object] = "", **others: object
 ) -> dict[str, str]:
     """One row of the table as text; columns not given are empty and the unit follows the metric.
 
-    ``others``: backbone, attack, target, defense, task, k, seed, n, ci_low, ci_high, key.
+    ``others``: profile and paper_item (both needed), backbone, attack, target, defense, task, k,
+    seed, n, ci_low, ci_high, key.
     Raises ``ResultsError`` for an unknown column and for a value that its column does not allow.
     """
-    given = {"profile": profile, "paper_item": paper_item, "metric": metric, **others}
     variant = variant if isinstance(variant, str) else variant_text(variant)
-    given |= {"value": value, "variant": variant}
+    given = {**others, "metric": metric, "value": value, "variant": variant}
     for column in given:
         if column not in COLUMNS or column == "unit":
             raise ResultsError(f"unknown results column {column!r}; columns: {', '.join(COLUMNS)}")
@@ -156,7 +141,7 @@ def rate_row(rate: Rate, **columns: Any) -> dict[str, str]:
     return row(value=rate.value, n=rate.n, ci_low=rate.low, ci_high=rate.high, **columns)
 
 
-def check(record: Mapping[str, str]) -> None:
+def check(record: Row) -> None:
     """Raises ``ResultsError`` naming the first cell of a row that its column does not allow."""
     for column, (pattern, words) in RULES.items():
         if not re.fullmatch(pattern, record[column]):
@@ -171,16 +156,16 @@ def check(record: Mapping[str, str]) -> None:
         raise ResultsError(f"interval of {metric}: both ends are needed, around {interval[1]}")
 
 
-def to_frame(rows: Iterable[Mapping[str, str]]) -> pd.DataFrame:
+def to_frame(rows: Iterable[Row]) -> pd.DataFrame:
     """Rows as a data frame: identity, unit and key are text; the rest are numbers or missing."""
-    frame = pd.DataFrame(list(rows), columns=list(COLUMNS), dtype=object)
+    frame = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
     for column in ("value", "ci_low", "ci_high"):
-        frame[column] = pd.to_numeric(frame[column].where(frame[column] != "")).astype(float)
-    frame["n"] = pd.to_numeric(frame["n"].where(frame["n"] != "")).astype("Int64")
+        frame[column] = pd.to_numeric(frame[column]).astype(float)
+    frame["n"] = pd.to_numeric(frame["n"]).astype("Int64")
     return frame
 
 
-def write_rows(rows: Iterable[Mapping[str, str]], path: Path) -> pd.DataFrame:
+def write_rows(rows: Iterable[Row], path: Path) -> pd.DataFrame:
     """Merges ``rows`` into the file: a row of equal identity is replaced, the others stay.
 
     An old row of the same number under another ``paper_item`` goes where its value differs: it
@@ -188,27 +173,16 @@ def write_rows(rows: Iterable[Mapping[str, str]], path: Path) -> pd.DataFrame:
     Safe against a crash and against several writers at once. Returns the whole table. Raises
     ``ResultsError`` when the file or the rows are of another profile or contradict each other.
     """
-    for record in (new := list(rows)):
-        check(record)
-    profiles = sorted({record["profile"] for record in new})
-    if len(profiles) > 1:
-        raise ResultsError(f"rows of several profiles at once: {', '.join(profiles)}")
-    _refuse_contradictions(new)
+    new = list(rows)
+    profile = _check_together(new)
+    number = [column for column in IDENTITY if column != "paper_item"]
+    fresh = {_cells(record, number): record["value"] for record in new}
     with locked(path):
-        old = _read_checked(path, profiles[0] if profiles else None) if path.exists() else []
-        merged = merge(_not_outdated(old, new), new, IDENTITY)
+        old = _read_checked(path, profile) if path.exists() else []
+        kept = [r for r in old if fresh.get(_cells(r, number), r["value"]) == r["value"]]
+        merged = merge(kept, new, IDENTITY)
         write_atomic(path, csv_bytes(merged, COLUMNS))
     return to_frame(merged)
-
-
-def _not_outdated(
-    old: Sequence[Mapping[str, str]], new: Sequence[Mapping[str, str]]
-) -> list[Mapping[str, str]]:
-    def number(record: Mapping[str, str]) -> tuple[str, ...]:
-        return tuple(record[column] for column in IDENTITY if column != "paper_item")
-
-    fresh = {number(record): record["value"] for record in new}
-    return [r for r in old if fresh.get(number(r), r["value"]) == r["value"]]
 
 
 def read_results(path: Path, profile: str | None = None) -> pd.DataFrame:
@@ -239,24 +213,15 @@ def write_runs(runs: Iterable[Mapping[str, object]], path: Path) -> None:
         write_atomic(path, csv_bytes(merge(old, new, ("key",)), RUN_COLUMNS))
 
 
-def read_runs(path: Path) -> pd.DataFrame:
-    """runs.csv with seconds and peak_mb as numbers; ``ResultsError`` for other columns."""
-    frame = pd.DataFrame(_read_text(path, RUN_COLUMNS), columns=list(RUN_COLUMNS), dtype=object)
-    try:
-        for column in ("seconds", "peak_mb"):
-            frame[column] = pd.to_numeric(frame[column].where(frame[column] != "")).astype(float)
-    except ValueError as error:
-        raise ResultsError(f"{path}: {column} must be a number ({error})") from None
-    return frame
-
-
-def merge(
-    old: Sequence[Mapping[str, str]], new: Sequence[Mapping[str, str]], identity: Sequence[str]
-) -> list[Mapping[str, str]]:
+def merge(old: Sequence[Row], new: Sequence[Row], identity: Sequence[str]) -> list[Row]:
     """Rows sorted by ``identity``; of two that share it, the later one stays."""
-    table = {tuple(record[c] for c in identity): record for record in (*old, *new)}
-    order = sorted(table, key=lambda key: [*map(natural_order, identity, key)])
-    return [table[key] for key in order]
+    table = {_cells(record, identity): record for record in (*old, *new)}
+    order = sorted(table, key=lambda cells: [*map(natural_order, identity, cells)])
+    return [table[cells] for cells in order]
+
+
+def _cells(record: Row, columns: Sequence[str]) -> tuple[str, ...]:
+    return tuple(record[column] for column in columns)
 
 
 def natural_order(column: str, text: str) -> tuple:
@@ -267,15 +232,21 @@ def natural_order(column: str, text: str) -> tuple:
     return known.index(text) if text in known else len(known), natural, text
 
 
-def _refuse_contradictions(rows: Sequence[Mapping[str, str]]) -> None:
-    seen: dict[tuple[str, ...], Mapping[str, str]] = {}
+def _check_together(rows: Sequence[Row]) -> str | None:
+    """Checks rows before they are written: each one, and that they agree; their profile."""
+    seen: dict[tuple[str, ...], Row] = {}
     for record in rows:
-        first = seen.setdefault(tuple(record[c] for c in IDENTITY), record)
+        check(record)
+        identity = _cells(record, IDENTITY)
+        first = seen.setdefault(identity, record)
         if first != record:
-            name = ", ".join(record[c] for c in IDENTITY if record[c])
-            raise ResultsError(
-                f"two values for one number ({name}): {first['value']} and {record['value']}"
-            )
+            name = ", ".join(filter(None, identity))
+            both = f"{first['value']} and {record['value']}"
+            raise ResultsError(f"two values for one number ({name}): {both}")
+    profiles = sorted({record["profile"] for record in rows})
+    if len(profiles) > 1:
+        raise ResultsError(f"rows of several profiles at once: {', '.join(profiles)}")
+    return profiles[0] if profiles else None
 
 
 def _read_text(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -283,8 +254,9 @@ def _read_text(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         lines = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"))))
     except FileNotFoundError:
         raise ResultsError(f"no results at {path}; run the notebooks first") from None
-    if not lines or tuple(lines[0]) != tuple(columns):
-        unknown = [c for c in (lines or [[]])[0] if c not in columns]
+    header = lines[0] if lines else []
+    if header != list(columns):
+        unknown = [c for c in header if c not in columns]
         odd = f"{unknown[0]!r} is unknown" if unknown else "one is missing or out of order"
         raise ResultsError(f"{path}: {odd}; the columns are {','.join(columns)}")
     for number, line in enumerate(lines[1:], 2):
@@ -299,37 +271,30 @@ def _read_checked(path: Path, profile: str | None) -> list[dict[str, str]]:
     for number, record in enumerate(records, 2):
         try:
             check(record)
+            if (own := record["profile"]) != expected:
+                raise ResultsError(
+                    f"profile {own} in a table of profile {expected}; keep one folder per profile"
+                )
         except ResultsError as error:
             raise ResultsError(f"{path}, row {number}: {error}") from None
-        if record["profile"] != expected:
-            raise ResultsError(
-                f"{path}, row {number}: profile {record['profile']} in a table "
-                f"of profile {expected}; keep one folder per profile"
-            )
     return records
 
 
-def csv_bytes(rows: Iterable[Mapping[str, str]], columns: Sequence[str]) -> bytes:
+def csv_bytes(rows: Iterable[Row], columns: Sequence[str]) -> bytes:
     """CSV with a header, Unix line ends and UTF-8, the same bytes on every machine."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
+    frame = pd.DataFrame(rows, columns=columns, dtype=object)
+    return frame.to_csv(index=False, lineterminator="\n").encode()
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes ``content`` so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)  # mkstemp's 0600 would hide results from a group
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

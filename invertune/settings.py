@@ -17,6 +17,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Attack = Literal["badnet", "blended", "sig", "wanet", "badencoder", "badclip"]
+Baseline = Literal["ft", "cleanclip", "cleanerclip", "par"]
 Backbone = Literal["RN50", "RN101", "ViT-B-16", "ViT-B-32"]
 
 
@@ -115,7 +116,9 @@ class Attacks(Section):
     badclip: BadClip
 
 
-Kind = Literal["patch_feature", "patch_prediction", "ball_feature", "ball_prediction", "generator"]
+Kind = Literal[
+    "patch_feature", "patch_prediction", "ball_feature", "ball_prediction", "generator", "fourier"
+]
 
 
 class Identification(Section):
@@ -124,6 +127,8 @@ class Identification(Section):
     kinds: tuple[Kind, ...]
     patch_px: Count
     ball_radius: Rate
+    wave_amplitude: Rate
+    wave_cycles: Count
     steps: Count
     batch: Count
     lr: Rate
@@ -164,11 +169,122 @@ class Tuning(Section):
     allowed_ca_drop_points: Percent
     layer_rule: Literal["mean_plus_std", "top3"]
     neuron: Literal["channel", "unit"]
+    clusters: Annotated[int, Field(ge=2)]
     trainable: Literal["critical_rows", "all_visual"]
     align_form: Literal["squared", "ratio"]
     preserve_form: Literal["similarity", "feature"]
     reduction: Literal["mean", "sum"]
     bn_mode: Literal["eval", "train"]
+
+
+class BaselineTraining(Section):
+    """Fine-tuning of the suspected model on clean pairs (paper, section 4.1, appendix B)."""
+
+    lrs: Annotated[tuple[Rate, ...], Field(min_length=1)]
+    steps: Count
+    batch: Count
+    warmup_steps: Steps
+    weight_decay: Weight
+
+
+class CleanClip(BaselineTraining):
+    in_modal_weight: Weight
+    text_change_rate: Rate
+
+
+class CleanerClip(CleanClip):
+    sub_caption_weight: Weight
+    sub_caption_share: Rate
+    counterfactuals: Count
+
+
+class Par(BaselineTraining):
+    start_lr_ratio: Annotated[float, Field(gt=0)]
+    cutoff: Annotated[float, Field(ge=0, le=4)]
+    noise_std: Weight
+    noise_probability: Annotated[float, Field(ge=0, le=1)]
+    erase_probability: Annotated[float, Field(ge=0, le=1)]
+    erase_area: tuple[Rate, Rate]
+
+
+class Baselines(Section):
+    """The defenses the paper compares with (method_facts 2)."""
+
+    names: tuple[Baseline, ...]
+    pairs: Count
+    allowed_ca_drop_points: Percent
+    legacy_schedule: bool
+    synonyms: Literal["keywords", "wordnet"]
+    ft: BaselineTraining
+    cleanclip: CleanClip
+    cleanerclip: CleanerClip
+    par: Par
+
+
+class Rebound(Section):
+    """Benign fine-tuning after a defense (not in the paper; design, section 8)."""
+
+    attacks: tuple[Attack, ...]
+    pairs: Count
+    steps: Count
+    batch: Count
+    weight_decay: Weight
+
+
+class Generalization(Section):
+    """Other targets and backbones, and claims made in passing (paper, section 4.5, C.1, D.3)."""
+
+    attack: Attack
+    targets: tuple[str, ...]
+    backbones: tuple[Backbone, ...]
+    defenses: tuple[Baseline | Literal["invertune"], ...]
+    baseline_lrs: Count
+    few_images: Count
+    few_heldout_images: Count
+    few_tuning_images: Count
+    other_style: Literal[
+        "noto", "twemoji", "emojione", "fxemoji", "fluent-flat", "fluent-3d", "openclipart"
+    ]
+
+
+class InversionChanges(Section):
+    """Values that take the place of the same settings of ``inversion``, one at a time."""
+
+    lambda1: tuple[Weight, ...]
+    lambda2: tuple[Weight, ...]
+    lambda3: tuple[Weight, ...]
+    lambda4: tuple[Weight, ...]
+    temperature: tuple[Annotated[float, Field(gt=0)], ...]
+    steps: tuple[Count, ...]
+    emb_reference: tuple[Literal["clean", "target_image"], ...]
+    mask_init: tuple[Literal["uniform", "ones"], ...]
+    ssim_space: tuple[Literal["pixels", "normalized"], ...]
+    clamp: tuple[Literal["per_channel", "scalar"], ...]
+
+
+class TuningChanges(Section):
+    """Values that take the place of the same settings of ``tuning``, one at a time."""
+
+    beta: tuple[Weight, ...]
+    lrs: tuple[Annotated[tuple[Rate, ...], Field(min_length=1)], ...]
+    images: tuple[Count, ...]
+    layer_rule: tuple[Literal["mean_plus_std", "top3"], ...]
+    neuron: tuple[Literal["channel", "unit"], ...]
+    trainable: tuple[Literal["critical_rows", "critical_layers", "all_visual"], ...]
+    align_form: tuple[Literal["squared", "ratio"], ...]
+    preserve_form: tuple[Literal["similarity", "feature"], ...]
+    bn_mode: tuple[Literal["eval", "train"], ...]
+
+
+class Ablations(Section):
+    """What notebook 07 changes (paper, sections 4.3 and 4.4), and on which attacks."""
+
+    weight_attacks: tuple[Attack, ...]
+    perturbation_attacks: tuple[Attack, ...]
+    beta_attacks: tuple[Attack, ...]
+    switch_attacks: tuple[Attack, ...]
+    inversion: InversionChanges
+    tuning: TuningChanges
 
 
 class Settings(Section):
@@ -185,6 +301,10 @@ class Settings(Section):
     identification: Identification
     inversion: Inversion
     tuning: Tuning
+    baselines: Baselines
+    rebound: Rebound
+    generalization: Generalization
+    ablations: Ablations
 
 
 def load_settings(
@@ -224,6 +344,18 @@ def _explain(error: ValidationError) -> str:
     if first["type"] in ("missing", "extra_forbidden"):
         return f"{where}: {message}"
     return f"{where} = {first['input']!r}: {message}"
+
+
+def compared(settings: Settings, section: str, name: str) -> tuple[Any, ...]:
+    """The values of one setting that the ablations compare: the profile's own, then the others."""
+    listed = getattr(getattr(settings.ablations, section), name)
+    return tuple(dict.fromkeys((getattr(getattr(settings, section), name), *listed)))
+
+
+def changed(settings: Settings, section: str, name: str, value: Any) -> Settings:
+    """The settings with one of them changed to a ``value`` that ``compared`` gave."""
+    part = getattr(settings, section).model_copy(update={name: value})
+    return settings.model_copy(update={section: part})
 
 
 def as_yaml(settings: BaseModel) -> str:

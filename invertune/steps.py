@@ -1,9 +1,10 @@
-"""The chain on disk: each step reads its upstream artifacts and leaves one artifact in the store.
+"""The steps on disk: each reads its upstream artifacts and leaves one artifact in the store.
 
-    pretrained -> poisoned -> identified -> inverted -> tuned -> evaluated
+    pretrained -> attacked -> identified -> inverted -> tuned      (InverTune)
+                          \\-> baseline                            (FT, CleanCLIP, CleanerCLIP, PAR)
+    any defended model -> rebounded
 
-A step's key holds its settings, its upstream keys and the data's manifest, so what exists is found
-and what changed is computed again. ``STEP_VERSIONS`` is raised when a step's results change.
+``poisoned``, ``defended`` and ``rebound_model`` load the models that the artifacts hold.
 """
 
 from __future__ import annotations
@@ -11,119 +12,24 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from invertune import data as datasets
-from invertune import metrics, triggers
+from invertune import triggers
 from invertune.activation_tuning import tune
 from invertune.attacks import ATTACKS, Victim
-from invertune.metrics import Rate
-from invertune.models import (
-    MODEL_FOLDER,
-    WEIGHTS,
-    Clip,
-    embed_images,
-    embed_texts,
-    file_hash,
-    load_embedded,
-    set_state,
-    to_pixels,
-    zero_shot_head,
-)
-from invertune.settings import Settings
-from invertune.store import Artifact, default_root, obtain
+from invertune.baselines import defend
+from invertune.chain import NULLS, Chain, Model, class_head, pool, pretrained
+from invertune.models import embed_images, set_state
+from invertune.store import Artifact
 from invertune.target_identification import identify
-from invertune.trigger_inversion import Run, invert_triggers
+from invertune.training import Recipe, finetune
+from invertune.trigger_inversion import InvertedTrigger, Run, invert_triggers
 from invertune.triggers import Trigger
-
-STEP_VERSIONS = {"attack": 1, "identification": 1, "inversion": 1, "tuning": 1, "evaluation": 1}
-NULLS = ("none", "clean_finetuned")
-RECALL_KS = (1, 3, 5, 10)
-
-
-@dataclass(frozen=True)
-class Model:
-    """A CLIP in the chain with its store key; ``trigger`` is known to the attacker only."""
-
-    clip: Clip
-    key: str
-    trigger: Trigger | None
-
-
-@dataclass(frozen=True)
-class Chain:
-    """One profile's settings and store: what every step needs."""
-
-    settings: Settings
-    store: Path
-
-    @property
-    def device(self) -> torch.device:
-        """The device the settings ask for; "auto" takes CUDA where there is one."""
-        wanted = self.settings.device
-        if wanted == "auto":
-            wanted = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device(wanted)
-
-    @property
-    def target(self) -> int:
-        """Class index of the attacker's target (used to attack and to score, never to defend)."""
-        return datasets.class_index(self.settings.data, self.settings.target)
-
-    def run(
-        self,
-        step: str,
-        settings: dict[str, Any],
-        upstream: Sequence[str],
-        compute: Any,
-        seed: int,
-        name: str = "",
-    ) -> Artifact:
-        """Finds or computes one artifact (``store.obtain``) under this profile's data."""
-        return obtain(
-            self.store,
-            step,
-            STEP_VERSIONS[step],
-            {**settings, "seed": seed},
-            list(upstream),
-            datasets.manifest(self.settings.data),
-            compute,
-            seed,
-            label=f"{step} {name}, seed {seed}".replace(" ,", ","),
-            device=str(self.device),
-        )
-
-
-def open_chain(settings: Settings, store: Path | None = None) -> Chain:
-    """The chain of ``settings`` in ``store``, by default $INVERTUNE_STORE or results/store."""
-    return Chain(settings, store or default_root())
-
-
-def pretrained(chain: Chain) -> Model:
-    """The clean model every attack starts from."""
-    clip = load_embedded(chain.settings.backbone, chain.device)
-    return Model(clip, file_hash(MODEL_FOLDER / chain.settings.backbone / WEIGHTS), None)
-
-
-def _pool(chain: Chain, part: str) -> datasets.Labeled:
-    own = chain.settings.data
-    counts = {
-        "inversion": own.inversion_images,
-        "heldout": own.heldout_images,
-        "evaluation": own.evaluation_images,
-    }
-    return datasets.labeled_images(own, part, counts[part], chain.store)
-
-
-def class_head(chain: Chain, clip: Clip) -> Tensor:
-    """The zero-shot head of ``clip`` on the profile's classes and templates."""
-    own = chain.settings.data
-    return zero_shot_head(clip, datasets.class_names(own), datasets.templates(own))
 
 
 @functools.lru_cache(maxsize=128)
@@ -183,8 +89,8 @@ def identified(chain: Chain, attack: str, seed: int) -> Artifact:
     def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         found = identify(
             suspect.clip,
-            _pool(chain, "inversion").images,
-            _pool(chain, "heldout").images,
+            pool(chain, "inversion").images,
+            pool(chain, "heldout").images,
             class_head(chain, suspect.clip),
             own.identification,
             own.inversion,
@@ -223,33 +129,15 @@ def suspected_target(chain: Chain, attack: str, seed: int) -> int:
 
 
 @functools.lru_cache(maxsize=128)
-def inverted(chain: Chain, attack: str, seed: int) -> Artifact:
-    """Step 2: the inverted trigger of one suspected model towards the identified target."""
+def inverted(chain: Chain, attack: str, seed: int, target: int | None = None) -> Artifact:
+    """Step 2: the inverted trigger towards ``target``, by default the one that step 1 found."""
     suspect, own = poisoned(chain, attack, seed), chain.settings
-    target = suspected_target(chain, attack, seed)
+    target = suspected_target(chain, attack, seed) if target is None else target
 
     def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        heldout = _pool(chain, "heldout")
-        result = invert_triggers(
-            suspect.clip,
-            _pool(chain, "inversion").images,
-            heldout.images,
-            class_head(chain, suspect.clip),
-            [Run.of(target, own.inversion)],
-            own.inversion,
-            seed,
-            heldout_labels=heldout.labels,
-        )[0]
+        result = invert(chain, suspect, [Run.of(target, own.inversion)], seed)[0]
         tensors = {"mask": result.mask.cpu(), "pattern": result.pattern.cpu()}
-        return {"trigger": tensors}, {
-            "target": target,
-            "inverted_asr": result.inverted_asr,
-            "mask_l1": result.mask_l1,
-            "mask_l1_at_equal_asr": _finite(result.mask_l1_at_equal_asr),
-            "step": result.step,
-            "states": [asdict(s) for s in result.states],
-            "log": list(result.log),
-        }
+        return {"trigger": tensors}, inversion_metrics(result)
 
     keyed = {
         **own.inversion.model_dump(mode="json"),
@@ -260,6 +148,39 @@ def inverted(chain: Chain, attack: str, seed: int) -> Artifact:
     return chain.run("inversion", keyed, [suspect.key], compute, seed, attack)
 
 
+def invert(chain: Chain, suspect: Model, runs: Sequence[Run], seed: int) -> list[InvertedTrigger]:
+    """Step 2 on the profile's images for ``runs`` towards one target, which share a pass."""
+    images, heldout = pool(chain, "inversion"), pool(chain, "heldout")
+    features = None
+    if chain.settings.inversion.emb_reference == "target_image":
+        own = images.images[images.labels == runs[0].target]
+        features = embed_images(suspect.clip, own).mean(0)
+    return invert_triggers(
+        suspect.clip,
+        images.images,
+        heldout.images,
+        class_head(chain, suspect.clip),
+        runs,
+        chain.settings.inversion,
+        seed,
+        features,
+        heldout.labels,
+    )
+
+
+def inversion_metrics(result: InvertedTrigger) -> dict[str, Any]:
+    """What is kept of one inversion besides its trigger."""
+    return {
+        "target": result.run.target,
+        "inverted_asr": result.inverted_asr,
+        "mask_l1": result.mask_l1,
+        "mask_l1_at_equal_asr": _finite(result.mask_l1_at_equal_asr),
+        "step": result.step,
+        "states": [asdict(s) for s in result.states],
+        "log": list(result.log),
+    }
+
+
 def inverted_trigger(chain: Chain, artifact: Artifact) -> Trigger:
     """The trigger (m, t) that step 2 left in the store."""
     tensors = artifact.tensors("trigger")
@@ -268,22 +189,29 @@ def inverted_trigger(chain: Chain, artifact: Artifact) -> Trigger:
 
 @functools.lru_cache(maxsize=128)
 def tuned(chain: Chain, attack: str, seed: int) -> Artifact:
-    """Step 3: the purified model; metrics: impacts, selection, the chosen rate, its log."""
+    """Step 3: the purified model, tuned with the inverted trigger."""
+    found = inverted(chain, attack, seed)
+    return tuned_with(chain, attack, seed, inverted_trigger(chain, found), found.key)
+
+
+def tuned_with(chain: Chain, attack: str, seed: int, trigger: Trigger, source: str) -> Artifact:
+    """Step 3 with a given ``trigger``, of the artifact with key ``source``.
+
+    Metrics: impacts, selection, the chosen rate, its log.
+    """
     suspect, own = poisoned(chain, attack, seed), chain.settings
-    trigger = inverted(chain, attack, seed)
+    target = suspected_target(chain, attack, seed)
 
     def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        heldout = _pool(chain, "heldout")
-        made = inverted_trigger(chain, trigger).tensors
+        heldout = pool(chain, "heldout")
         result = tune(
             suspect.clip,
-            _pool(chain, "inversion").images,
-            made["mask"],
-            made["pattern"],
+            pool(chain, "inversion").images,
+            trigger,
             heldout.images,
             heldout.labels,
             class_head(chain, suspect.clip),
-            trigger.metrics["target"],
+            target,
             own.tuning,
             seed,
         )
@@ -307,86 +235,86 @@ def tuned(chain: Chain, attack: str, seed: int) -> Artifact:
         "pool": own.data.inversion_images,
         "heldout": own.data.heldout_images,
     }
-    return chain.run("tuning", keyed, [suspect.key, trigger.key], compute, seed, attack)
+    return chain.run("tuning", keyed, [suspect.key, source], compute, seed, attack)
 
 
-def purified(chain: Chain, attack: str, seed: int) -> Model:
-    """The model after InverTune's three steps, with the true trigger for scoring."""
-    suspect, artifact = poisoned(chain, attack, seed), tuned(chain, attack, seed)
-    set_state(suspect.clip, artifact.tensors("weights"), "purified")
+@functools.lru_cache(maxsize=128)
+def baseline(chain: Chain, defense: str, attack: str, seed: int) -> Artifact:
+    """One baseline on one suspected model; metrics: the chosen rate, the grid, its log."""
+    suspect, own = poisoned(chain, attack, seed), chain.settings.baselines
+
+    def compute(work: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        pairs = datasets.caption_pairs(chain.settings.data, "defense", own.pairs, chain.store)
+        heldout = pool(chain, "heldout")
+        result = defend(
+            defense,
+            suspect.clip,
+            pairs,
+            heldout.images,
+            heldout.labels,
+            lambda clip: class_head(chain, clip),
+            own,
+            seed,
+            work,
+        )
+        return {"weights": result.clip.net.state_dict()}, {
+            "lr": result.lr,
+            "qualified": result.qualified,
+            "tried": result.tried,
+            "suspected_accuracy": result.suspected_accuracy,
+            "images_seen": result.images_seen,
+            "log": result.log,
+        }
+
+    every = own.model_dump(mode="json")
+    shared = {k: v for k, v in every.items() if not isinstance(v, dict)}
+    keyed = {
+        "defense": defense,
+        **shared,
+        **every[defense],
+        "heldout": chain.settings.data.heldout_images,
+    }
+    return chain.run("baseline", keyed, [suspect.key], compute, seed, f"{defense} on {attack}")
+
+
+def defended(chain: Chain, defense: str, attack: str, seed: int) -> Model:
+    """The model after ``defense`` ("none": the poisoned one), with the true trigger for scoring."""
+    suspect = poisoned(chain, attack, seed)
+    if defense == "none":
+        return suspect
+    if defense == "invertune":
+        artifact = tuned(chain, attack, seed)
+    else:
+        artifact = baseline(chain, defense, attack, seed)
+    set_state(suspect.clip, artifact.tensors("weights"), defense)
     return Model(suspect.clip, artifact.key, suspect.trigger)
 
 
-def evaluated(
-    chain: Chain, model: Model, trigger: Trigger | None, trigger_key: str, seed: int
-) -> Artifact:
-    """CA and ASR of a model under a trigger, zero-shot and retrieval (design: one function each).
+@functools.lru_cache(maxsize=128)
+def rebounded(chain: Chain, defense: str, attack: str, seed: int) -> Artifact:
+    """Benign fine-tuning of a defended model, as its user might do (design, section 8).
 
-    ``trigger_key`` names where the trigger comes from; without a trigger the model's floor is
-    measured: how often clean images already count as attacked.
+    Contrastive, at the attack's own peak rate, constant, on pairs that nothing else has seen.
     """
-    own = chain.settings
+    model, own = defended(chain, defense, attack, seed), chain.settings.rebound
+    lr = getattr(chain.settings.attacks, attack).lr
 
-    def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        rates = {**_zero_shot(chain, model.clip, trigger), **_retrieval(chain, model.clip, trigger)}
-        return {}, {k: [r.value, r.n, r.low, r.high] for k, r in rates.items()}
-
-    keyed = {
-        "target": own.target,
-        "trigger": trigger_key,
-        "images": own.data.evaluation_images,
-        "retrieval": own.data.retrieval_images,
-    }
-    return chain.run("evaluation", keyed, [model.key], compute, seed)
-
-
-def _triggered(images: Tensor, trigger: Trigger | None, device: torch.device) -> Tensor:
-    pixels = to_pixels(images, device)
-    return pixels if trigger is None else triggers.apply(trigger, pixels)
-
-
-def _features(clip: Clip, images: Tensor, trigger: Trigger | None) -> Tensor:
-    parts = images.split(256)
-    return torch.cat([embed_images(clip, _triggered(p, trigger, clip.device)) for p in parts])
-
-
-def utility(chain: Chain, clip: Clip) -> dict[str, Rate]:
-    """What a clean model can do: zero-shot top-1 and image-to-text recall."""
-    rates = {**_zero_shot(chain, clip, None), **_retrieval(chain, clip, None)}
-    return {
-        "zero-shot top-1": rates["zeroshot.ca.1"],
-        **{f"recall@{k}": rates[f"retrieval.ca.{k}"] for k in RECALL_KS},
-    }
-
-
-def _zero_shot(chain: Chain, clip: Clip, trigger: Trigger | None) -> dict[str, Rate]:
-    images, head = _pool(chain, "evaluation"), class_head(chain, clip)
-    attacked = _features(clip, images.images, trigger)
-    rates = {
-        "zeroshot.ca.1": metrics.clean_accuracy(
-            embed_images(clip, images.images), head, images.labels
+    def compute(work: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        pairs = datasets.caption_pairs(chain.settings.data, "rebound", own.pairs, chain.store)
+        recipe = Recipe(own.steps, lr, weight_decay=own.weight_decay, schedule="constant")
+        log = finetune(
+            model.clip, pairs.images, pairs.captions, recipe, own.batch, seed, work, "rebound"
         )
-    }
-    for k in RECALL_KS:
-        rates[f"zeroshot.asr.{k}"] = metrics.attack_success_rate(
-            attacked, head, images.labels, chain.target, k
-        )
-    rates["zeroshot.asr_all.1"] = metrics.attack_success_rate(
-        attacked, head, images.labels, chain.target, exclude_target=False
-    )
-    return rates
+        return {"weights": model.clip.net.state_dict()}, {"lr": lr, "log": log}
+
+    keyed = {**own.model_dump(mode="json", exclude={"attacks"}), "lr": lr}
+    label = f"{defense} on {attack}"
+    return chain.run("rebound", keyed, [model.key], compute, seed, label)
 
 
-def _retrieval(chain: Chain, clip: Clip, trigger: Trigger | None) -> dict[str, Rate]:
-    scenes = datasets.retrieval_scenes(chain.settings.data, chain.store)
-    texts, clean = embed_texts(clip, scenes.captions), embed_images(clip, scenes.images)
-    attacked = _features(clip, scenes.images, trigger)
-    rates = {}
-    for k, rate in metrics.recall_at_k(clean, texts, scenes.owner, RECALL_KS).items():
-        rates[f"retrieval.ca.{k}"] = rate
-    for k, rate in metrics.text_to_image_recall(clean, texts, scenes.owner, RECALL_KS).items():
-        rates[f"retrieval.t2i.{k}"] = rate
-    rates["retrieval.asr.10"] = metrics.retrieval_asr_at_k(
-        attacked, texts, scenes.captions, scenes.owner, chain.settings.target, 10
-    )
-    return rates
+def rebound_model(chain: Chain, defense: str, attack: str, seed: int) -> Model:
+    """The defended model after the benign fine-tuning of ``rebounded``."""
+    model = defended(chain, defense, attack, seed)
+    artifact = rebounded(chain, defense, attack, seed)
+    set_state(model.clip, artifact.tensors("weights"), "rebound")
+    return Model(model.clip, artifact.key, model.trigger)

@@ -7,13 +7,11 @@ written beside its place and renamed into it, so an entry is either whole or abs
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,8 +30,12 @@ from invertune import provenance
 
 METRICS, META = "metrics.json", "meta.json"
 WORK, PARTIAL, LOCKS, DAMAGED = ".work", ".partial", ".locks", ".damaged"
+IDENTITY = ("step", "version", "settings", "upstream", "data")  # what a key is the hash of
 
-Produced = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Any]]
+FULL = ("No space left", "quota exceeded")  # in the message of an error for a full disk
+Values = Mapping[str, Any]  # plain JSON values
+Tensors = Mapping[str, Mapping[str, Tensor]]  # file stem: {name: tensor}
+Compute = Callable[[Path], tuple[Tensors, Values]]
 
 
 class StoreError(RuntimeError):
@@ -49,14 +51,15 @@ class Artifact:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of ``name.safetensors``, on the CPU; ``StoreError`` where there are none."""
-        path = self.folder / f"{name}.safetensors"
         try:
-            return load_file(path)
+            return load_file(self.folder / f"{name}.safetensors")
         except FileNotFoundError:
             held = ", ".join(sorted(p.stem for p in self.folder.glob("*.safetensors"))) or "none"
             raise StoreError(f"{self.folder} has no tensors {name!r}; it has: {held}") from None
-        except SafetensorError as error:
-            raise StoreError(f"{path} is not a readable safetensors file ({error})") from None
+
+    def beside(self, kind: str) -> Path:
+        """The place of this entry in one of the store's own folders, e.g. WORK."""
+        return self.folder.parent / kind / self.key
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
@@ -100,31 +103,25 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def artifact_key(
-    step: str, version: int, settings: Mapping[str, Any], upstream: Sequence[str], data: str
+    step: str, version: int, settings: Values, upstream: Sequence[str], data: str
 ) -> str:
     """The 64-digit key of what ``step`` makes from these settings, artifacts and data.
 
     ``upstream`` holds the keys of the artifacts used, ``data`` the data manifest's hash. Raise
     ``version`` whenever the code of the step changes its results.
     """
-    named = {
-        "step": step,
-        "version": version,
-        "settings": settings,
-        "upstream": list(upstream),
-        "data": data,
-    }
-    return hashlib.sha256(canonical(named).encode()).hexdigest()
+    parts = (step, version, settings, list(upstream), data)
+    return hashlib.sha256(canonical(dict(zip(IDENTITY, parts, strict=True))).encode()).hexdigest()
 
 
 def obtain(
     root: Path,
     step: str,
     version: int,
-    settings: Mapping[str, Any],
+    settings: Values,
     upstream: Sequence[str],
     data: str,
-    compute: Callable[[Path], Produced],
+    compute: Compute,
     seed: int,
     label: str | None = None,
     device: str = "cpu",
@@ -136,58 +133,44 @@ def obtain(
     compute the same key: the second waits. ``settings`` gets the seed, so each seed has its key.
     Raises ``StoreError`` where the disk is full or the metrics are no plain JSON.
     """
-    settings = {**settings, "seed": seed}
-    key = artifact_key(step, version, settings, upstream, data)
-    name = label or step
-    if found := _found(root, key, name):
-        return found
-    with _locked(root, key, name):
-        if found := _found(root, key, name):
-            return found
-        _clear(root, key, name)
-        identity = {
-            "step": step,
-            "version": version,
-            "settings": settings,
-            "upstream": list(upstream),
-            "data": data,
-            "seed": seed,
-        }
-        return _make(root, key, name, compute, identity, device)
+    parts = (step, version, {**settings, "seed": seed}, list(upstream), data)
+    key = artifact_key(*parts)
+    entry, name = Artifact(key, root / key), label or step
+    if _found(entry, name):
+        return entry
+    with _locked(entry, name):
+        if not _found(entry, name):
+            _clear(entry, name)
+            identity = {**dict(zip(IDENTITY, parts, strict=True)), "seed": seed}
+            _make(entry, name, compute, identity, device)
+    return entry
 
 
-def _found(root: Path, key: str, name: str) -> Artifact | None:
-    if damage(root / key) is not None:
-        return None
-    shutil.rmtree(root / WORK / key, ignore_errors=True)  # left by a kill after the rename
-    print(f"{name} found in store ({key[:8]}), 0 s", flush=True)
-    return Artifact(key, root / key)
+def _found(entry: Artifact, name: str) -> bool:
+    if damage(entry.folder) is not None:
+        return False
+    shutil.rmtree(entry.beside(WORK), ignore_errors=True)  # left by a kill after the rename
+    print(f"{name} found in store ({entry.key[:8]}), 0 s", flush=True)
+    return True
 
 
-def _clear(root: Path, key: str, name: str) -> None:
+def _clear(entry: Artifact, name: str) -> None:
     """Under the lock: moves a damaged entry aside, removes what a killed run half wrote."""
-    if (root / key).exists():
-        aside = root / DAMAGED / key
+    if entry.folder.exists():
+        aside = entry.beside(DAMAGED)
         print(
-            f"{name} in store ({key[:8]}) is damaged: {damage(root / key)}; computed again "
+            f"{name} in store ({entry.key[:8]}) is damaged: {damage(entry.folder)}; computed again "
             f"(the damaged one is now {aside})",
             flush=True,
         )
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(parents=True, exist_ok=True)
-        (root / key).rename(aside)
-    shutil.rmtree(root / PARTIAL / key, ignore_errors=True)
+        entry.folder.rename(aside)
+    shutil.rmtree(entry.beside(PARTIAL), ignore_errors=True)
 
 
-def _make(
-    root: Path,
-    key: str,
-    name: str,
-    compute: Callable[[Path], Produced],
-    identity: Mapping[str, Any],
-    device: str,
-) -> Artifact:
-    work, partial = root / WORK / key, root / PARTIAL / key
+def _make(entry: Artifact, name: str, compute: Compute, identity: Values, device: str) -> None:
+    work, partial, root = entry.beside(WORK), entry.beside(PARTIAL), entry.folder.parent
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -195,50 +178,37 @@ def _make(
     try:
         work.mkdir(parents=True, exist_ok=True)
         tensors, metrics = compute(work)
-        seconds = time.perf_counter() - start
         needed = sum(t.numel() * t.element_size() for g in tensors.values() for t in g.values())
-        _write(
-            partial,
-            tensors,
-            metrics,
-            {
-                **identity,
-                "seconds": round(seconds, 3),
-                "device": device,
-                "peak_mb": provenance.peak_mb(cuda),
-                "versions": provenance.versions(),
-                "commit": provenance.commit(),
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            },
-        )
-        os.rename(partial, root / key)
+        meta = {
+            **identity,
+            "seconds": round(time.perf_counter() - start, 3),
+            "device": device,
+            "peak_mb": provenance.peak_mb(cuda),
+            "versions": provenance.versions(),
+            "commit": provenance.commit(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        _write(partial, tensors, metrics, meta)
+        os.rename(partial, entry.folder)
         _sync(root)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if no_space(error):
-            raise StoreError(f"{name}: {full_disk(root, needed)}") from None
+        written = isinstance(error, OSError | SafetensorError)
+        if written and any(text in str(error) for text in FULL):
+            raise StoreError(f"{name}: {_full_disk(root, needed)}") from None
         raise
     shutil.rmtree(work, ignore_errors=True)
-    print(f"{name} stored ({key[:8]}), {seconds:.0f} s", flush=True)
-    return Artifact(key, root / key)
+    print(f"{name} stored ({entry.key[:8]}), {meta['seconds']:.0f} s", flush=True)
 
 
-def _write(
-    folder: Path,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    metrics: Mapping[str, Any],
-    meta: Mapping[str, Any],
-) -> None:
+def _write(folder: Path, tensors: Tensors, metrics: Values, meta: Values) -> None:
     """Writes a whole entry into ``folder`` and waits until the disk has it."""
     folder.mkdir(parents=True)
     for stem, group in tensors.items():
-        own = {
-            k: t.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for k, t in group.items()
-        }
+        own = {k: t.detach().cpu().contiguous().clone() for k, t in group.items()}
         save_file(own, folder / f"{stem}.safetensors")
     (folder / METRICS).write_text(_pretty(_plain(metrics, "metrics")))
-    files = {p.name: _sha256(p) for p in sorted(folder.iterdir())}
+    files = {p.name: provenance.file_hash(p) for p in sorted(folder.iterdir())}
     (folder / META).write_text(_pretty({**meta, "files": files}))
     for path in (*folder.iterdir(), folder):
         _sync(path)
@@ -251,45 +221,39 @@ def damage(folder: Path) -> str | None:
     try:
         meta = _read_json(folder / META)
         _read_json(folder / METRICS)
-        key = artifact_key(*(meta[k] for k in ("step", "version", "settings", "upstream", "data")))
+        key = artifact_key(*(meta[k] for k in IDENTITY))
         files = dict(meta["files"])
-    except StoreError as error:
-        return str(error)
-    except (KeyError, TypeError, ValueError) as error:
-        return f"{META} is not whole ({error!r})"
+    except (StoreError, KeyError, TypeError, ValueError) as error:
+        return f"not whole: {error}"
     if key != folder.name:
         return f"{META} describes another artifact ({key[:8]})"
     for name, digest in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if _sha256(folder / name) != digest:
+        if provenance.file_hash(folder / name) != digest:
             return f"{name} does not have the recorded SHA-256"
     return None
 
 
 def entries(root: Path) -> list[Artifact]:
     """Every entry, damaged ones too, in the order of their keys."""
-    if not root.is_dir():
-        return []
-    folders = sorted(p for p in root.iterdir() if re.fullmatch("[0-9a-f]{64}", p.name))
-    return [Artifact(p.name, p) for p in folders]
+    return [Artifact(p.name, p) for p in sorted(root.glob("[0-9a-f]" * 64))]
 
 
 def verify(root: Path) -> dict[str, str]:
     """Reads every entry in full: {key: what is wrong} of the damaged ones."""
-    found = {a.key: damage(a.folder) for a in entries(root)}
-    return {key: problem for key, problem in found.items() if problem}
+    return {a.key: problem for a in entries(root) if (problem := damage(a.folder))}
 
 
 @contextlib.contextmanager
-def _locked(root: Path, key: str, name: str) -> Iterator[None]:
+def _locked(entry: Artifact, name: str) -> Iterator[None]:
     """Holds the key's lock; the system gives it back when the process ends, however it ends."""
-    path = root / LOCKS / key
+    path = entry.beside(LOCKS)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
     except OSError as error:
-        raise StoreError(f"cannot write to the store {root}: {error.strerror}") from None
+        raise StoreError(f"cannot write to the store at {path}: {error.strerror}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -303,39 +267,23 @@ def _locked(root: Path, key: str, name: str) -> Iterator[None]:
         yield
 
 
-def no_space(error: BaseException) -> bool:
-    """Whether ``error`` says that the disk, or the user's part of it, is full."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, SafetensorError) and "No space left" in str(error)
-
-
-def full_disk(folder: Path, needed: int = 0) -> str:
-    """One line for a full disk: what is free, what is needed (bytes, 0: unknown), and where."""
-    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 1e6
+def _full_disk(root: Path, needed: int) -> str:
     wanted = f", {needed / 1e6:.1f} MB needed" if needed else ""
     return (
-        f"the disk is full: {free:.1f} MB free{wanted} at {folder}; make room or set "
-        f"INVERTUNE_STORE to another disk, then run again"
+        f"the disk is full: {shutil.disk_usage(root).free / 1e6:.1f} MB free{wanted} at {root}; "
+        "make room or set INVERTUNE_STORE to another disk, then run again"
     )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise StoreError(f"{path.name} is missing") from None
-    except (ValueError, TypeError) as error:
-        raise StoreError(f"{path.name} is not readable JSON ({error})") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise StoreError(f"{path.name} cannot be read ({error})") from None
 
 
 def _pretty(value: Any) -> str:
     return json.dumps(value, sort_keys=True, indent=1) + "\n"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

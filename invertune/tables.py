@@ -41,10 +41,6 @@ LABELS = {
     "metric": {"ca": "CA", "asr": "ASR", "inverted_asr": "Inverted ASR"},
     "task": {"zeroshot": "Zero-shot", "retrieval": "Retrieval"},
 }
-TEX_ESCAPES = str.maketrans(
-    {c: f"\\{c}" for c in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-)
 
 
 def seed_summary(results: pd.DataFrame) -> pd.DataFrame:
@@ -62,18 +58,15 @@ def compare_with_paper(results: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFra
     """
     if results.empty:
         raise ResultsError("no results to compare with the paper; run the notebooks first")
-    ours = seed_summary(results).rename(
-        columns={"mean": "ours", "min": "ours_min", "max": "ours_max"}
-    )
-    ours = ours[[*COMPARED, "ours", "ours_min", "ours_max", "seeds"]]
+    ours = seed_summary(results).drop(columns=["profile", "unit"])
+    ours = ours.rename(columns={"mean": "ours", "min": "ours_min", "max": "ours_max"})
     theirs = paper[[*COMPARED, "unit", "value"]].rename(columns={"value": "paper"})
     both = theirs.merge(ours, how="left", on=list(COMPARED))
     both["seeds"] = both["seeds"].fillna(0).astype(int)
-    on_paper_data = bool((results["profile"] == "paper").all())
-    both["verdict"] = [
-        verdict(ours, paper, unit) if on_paper_data else "NOT COMPARABLE"
-        for ours, paper, unit in zip(both["ours"], both["paper"], both["unit"], strict=True)
-    ]
+    if (results["profile"] == "paper").all():
+        both["verdict"] = [*map(verdict, both["ours"], both["paper"], both["unit"])]
+    else:
+        both["verdict"] = "NOT COMPARABLE"
     return both
 
 
@@ -94,18 +87,16 @@ def wide(results: pd.DataFrame, index: Sequence[str], columns: Sequence[str]) ->
 
     Raises ``ResultsError`` when two numbers would fall into one cell: filter or name more columns.
     """
-    means = seed_summary(results)
-    clash = means[means.duplicated([*index, *columns])]
-    if len(clash):
-        odd = next(c for c in COMPARED if c not in (*index, *columns) and means[c].nunique() > 1)
+    means, used = seed_summary(results), [*index, *columns]
+    if means.duplicated(used).any():
+        odd = next(c for c in COMPARED if c not in used and means[c].nunique() > 1)
         raise ResultsError(f"a cell of the table would hold several numbers: they differ in {odd}")
+    for column in used:
+        names = {name: label(column, name) for name in _ordered(means[column])}
+        means[column] = pd.Categorical(means[column].map(names), list(names.values()), ordered=True)
     table = means.pivot(index=list(index), columns=list(columns), values="mean")
-    table = table[sorted(table.columns, key=lambda key: _order(columns, key))]
-    table = table.loc[sorted(table.index, key=lambda key: _order(index, key))].reset_index()
-    for column in index:
-        table[column] = [label(column, name) for name in table[column]]
-    table.columns = [_header(columns, key) for key in table.columns]
-    return table
+    table.columns = [key if isinstance(key, str) else " ".join(key) for key in table.columns]
+    return table.reset_index()
 
 
 def label(column: str, name: str) -> str:
@@ -122,21 +113,12 @@ def by_seed(
     """
     for name, wanted in where.items():
         results = results[results[name].isin([wanted] if isinstance(wanted, str) else wanted)]
-    names = sorted(results[column].unique(), key=lambda name: natural_order(column, name))
-    return {name: list(results.loc[results[column] == name, "value"]) for name in names}
+    chosen = results[column]
+    return {name: list(results.loc[chosen == name, "value"]) for name in _ordered(chosen)}
 
 
-def _order(columns: Sequence[str], key: object) -> list[tuple]:
-    texts = key if isinstance(key, tuple) else (key,)
-    return [natural_order(column, str(text)) for column, text in zip(columns, texts, strict=True)]
-
-
-def _header(columns: Sequence[str], key: object) -> str:
-    """The header of a pivoted column; ``key`` is an index column's name when its rest is empty."""
-    parts = [str(part) for part in (key if isinstance(key, tuple) else (key,))]
-    if parts[0] in COMPARED and not any(parts[1:]):
-        return parts[0]
-    return " ".join(label(column, part) for column, part in zip(columns, parts, strict=True))
+def _ordered(names: pd.Series) -> list[str]:
+    return sorted(names.unique(), key=lambda name: natural_order(str(names.name), name))
 
 
 def write_table(frame: pd.DataFrame, folder: Path, name: str, decimals: int = 2) -> None:
@@ -148,11 +130,8 @@ def write_table(frame: pd.DataFrame, folder: Path, name: str, decimals: int = 2)
     header = [str(column) for column in frame.columns]
     cells = [[_cell(v, decimals) for v in line] for line in frame.itertuples(index=False)]
     csv = pd.DataFrame(cells, columns=header).to_csv(index=False, lineterminator="\n")
-    for suffix, text in (
-        ("csv", csv),
-        ("md", markdown(header, cells)),
-        ("tex", latex(header, cells)),
-    ):
+    texts = {"csv": csv, "md": markdown(header, cells), "tex": latex(header, cells)}
+    for suffix, text in texts.items():
         write_atomic(folder / f"{name}.{suffix}", text.encode())
 
 
@@ -169,21 +148,8 @@ def markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
-def latex(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+def latex(header: list[str], cells: list[list[str]]) -> str:
     """A LaTeX tabular with booktabs rules, first column left, the others right; text escaped."""
-
-    def line(texts: Sequence[str]) -> str:
-        return " & ".join(text.translate(TEX_ESCAPES) or "--" for text in texts) + r" \\"
-
-    return "\n".join(
-        [
-            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
-            r"\toprule",
-            line(header),
-            r"\midrule",
-            *(line(texts) for texts in cells),
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
-        ]
-    )
+    style = pd.DataFrame(cells, columns=header).replace("", "--").style.hide()
+    style = style.format(escape="latex").format_index(escape="latex", axis=1)
+    return style.to_latex(hrules=True, column_format="l" + "r" * (len(header) - 1))

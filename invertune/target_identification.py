@@ -2,7 +2,8 @@
 
 Universal adversarial perturbations of several kinds, none of them told a target, show where the
 suspected model's predictions go. A clean model has sink classes as strong as a target, so the top
-candidates are re-ranked by a short trigger inversion: the target needs the smallest mask.
+candidates are re-ranked by a short trigger inversion: a target needs a small mask, and hardly any
+image resists the perturbation that found it.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def identify(
     check = inversion.model_copy(update={"steps": settings.check_steps, "lr": settings.check_lr})
     runs = [Run.of(target, check) for target in chosen]
     tried = invert_triggers(clip, images, heldout, head, runs, check, seed)
-    order = sorted(range(len(chosen)), key=lambda i: evidence(tried[i]))
+    gains = largest_increases(increases)
+    order = sorted(range(len(chosen)), key=lambda i: evidence(tried[i], gains[chosen[i]].item()))
     return Identified(
         tuple(chosen[i] for i in order),
         tuple(tried[i].mask_l1_at_equal_asr for i in order),
@@ -91,15 +93,25 @@ def identify(
     )
 
 
-def evidence(trigger: InvertedTrigger) -> tuple[float, float]:
-    """Sort key of a candidate: mask L1 at equal ASR, then (where never reached) the highest ASR."""
-    return trigger.mask_l1_at_equal_asr, -trigger.inverted_asr
+def evidence(trigger: InvertedTrigger, increase: float) -> tuple[float, float]:
+    """Sort key of a candidate, smallest first; ``increase`` is its largest one, in points.
+
+    Mask L1 at equal ASR times the share of images that the perturbations do not drive there; then
+    (where that ASR was never reached) the highest ASR. The mask alone would favor natural sinks
+    over triggers that cover the image: a faint wave needs a larger mask than a patch.
+    """
+    resisting = max(100 - increase, 1.0)
+    return trigger.mask_l1_at_equal_asr * resisting, -trigger.inverted_asr
+
+
+def largest_increases(increases: Mapping[str, Increase]) -> Tensor:
+    """Each class's largest increase [C] over the kinds of perturbation, in points."""
+    return torch.stack([i.points for i in increases.values()]).amax(0)
 
 
 def candidates(increases: Mapping[str, Increase], count: int) -> list[int]:
     """The ``count`` classes of the largest increase over all kinds, largest first."""
-    largest = torch.stack([i.points for i in increases.values()]).amax(0)
-    return largest.topk(count).indices.tolist()
+    return largest_increases(increases).topk(count).indices.tolist()
 
 
 def measure(

@@ -101,7 +101,7 @@ def fit(
 
 
 def progress(
-    items: Sequence[int] | range, label: str, start: int = 0, total: int | None = None
+    items: Sequence[Any] | range, label: str, start: int = 0, total: int | None = None
 ) -> Any:
     """A progress bar over ``items``; silent when INVERTUNE_PROGRESS=0."""
     off = os.environ.get("INVERTUNE_PROGRESS") == "0"
@@ -192,3 +192,30 @@ def pair_features(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[Tensor, T
     pixels = normalize(clip, to_pixels(images, clip.device))
     image = F.normalize(clip.net.encode_image(pixels), dim=-1)
     return image, F.normalize(clip.net.encode_text(tokens.to(clip.device)), dim=-1)
+
+
+def finetune(
+    clip: Clip,
+    images: Tensor,
+    captions: Sequence[str],
+    recipe: Recipe,
+    batch: int,
+    seed: int,
+    work: Path,
+    label: str = "fine-tuning",
+) -> list[dict[str, float]]:
+    """Contrastive fine-tuning of both towers of ``clip`` in place; resumes in folder ``work``.
+
+    ``images`` are uint8 [N, 3, H, W], one of the ``captions`` each. Returns the log.
+    """
+    tokens = clip.tokenizer(list(captions))
+    clip.net.train()
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        rows = block_indices(len(images), batch, seed, step)
+        image, text = pair_features(clip, images[rows], tokens[rows])
+        return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
+
+    log = fit(clip.net, loss_at, recipe, label=label, checkpoint=work / "finetuning.safetensors")
+    clip.net.eval()
+    return log

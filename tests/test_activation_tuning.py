@@ -25,6 +25,7 @@ from invertune.activations import maps_from, prefix_to, rows_to_train, tail_from
 from invertune.models import MODEL_FOLDER, Clip, build_clip, image_features
 from invertune.settings import Tuning, load_settings
 from invertune.training import Recipe, fit
+from invertune.triggers import mask_trigger
 
 CLASSES, TARGET = 6, 5
 
@@ -103,8 +104,7 @@ def run(planted: SimpleNamespace, seed: int = 0, **changes) -> Tuned:
     return tune(
         planted.clip,
         planted.images[halves[0]],
-        planted.mask,
-        planted.pattern,
+        mask_trigger(planted.mask, planted.pattern),
         planted.images[halves[1]],
         planted.labels[halves[1]],
         planted.head,

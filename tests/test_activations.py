@@ -255,3 +255,14 @@ def test_all_visual_trains_every_visual_parameter(clip):
     parameters = dict(clip.net.named_parameters())
     assert set(rows) == {name for name in parameters if name.startswith("visual.")}
     assert all(mask.all() and len(mask) == len(parameters[name]) for name, mask in rows.items())
+
+
+def test_of_several_clusters_all_but_the_one_that_moves_least_are_critical():
+    difference = torch.tensor([0.0, 0.1, 0.0, 2.0, 2.1, 9.0])
+    clean = torch.zeros(6, 1, 1)
+    two, three = (
+        critical_neurons(clean, difference.view(6, 1, 1), 0, "channel", k) for k in (2, 3)
+    )
+    assert two.tolist() == [False] * 5 + [True]
+    assert three.tolist() == [False] * 3 + [True] * 3
+    assert critical_neurons(clean, difference.view(6, 1, 1), 0, "channel", 50).sum() == 4

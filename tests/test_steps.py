@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from invertune import reports, steps
+from invertune.chain import Chain, open_chain
+from invertune.evaluation import evaluated
 from invertune.settings import load_settings
-from invertune.steps import Chain
 
 QUICK = {
     "attacks": {"names": ["blended"], "blended": {"steps": 3}},
@@ -19,11 +20,11 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    return steps.open_chain(load_settings("smoke", QUICK), tmp_path_factory.mktemp("store"))
+    return open_chain(load_settings("smoke", QUICK), tmp_path_factory.mktemp("store"))
 
 
 def test_the_same_seed_twice_gives_equal_results(chain: Chain, tmp_path: Path) -> None:
-    again = steps.open_chain(chain.settings, tmp_path)
+    again = open_chain(chain.settings, tmp_path)
     first, second = (steps.tuned(c, "blended", 0) for c in (chain, again))
     assert first.key == second.key and first.metrics == second.metrics
     weights, others = first.tensors("weights"), second.tensors("weights")
@@ -50,6 +51,6 @@ def test_tuning_changes_critical_rows_of_the_image_tower_only(chain: Chain) -> N
 
 def test_rates_lie_in_their_intervals_and_grow_with_k(chain: Chain) -> None:
     model = steps.poisoned(chain, "blended", 0)
-    rates = steps.evaluated(chain, model, model.trigger, model.key, 0).metrics
+    rates = evaluated(chain, model, model.trigger, model.key, 0).metrics
     assert all(0 <= low <= value <= high <= 100 for value, _, low, high in rates.values())
     assert rates["zeroshot.asr.1"][0] <= rates["zeroshot.asr.3"][0] <= rates["zeroshot.asr.10"][0]

@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from invertune.store import (
@@ -25,12 +26,9 @@ from invertune.store import (
     verify,
 )
 
+finite = st.floats(allow_nan=False, allow_infinity=False)
 plain = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.text()
-    | st.floats(allow_nan=False, allow_infinity=False),
+    st.none() | st.booleans() | st.integers() | st.text() | finite,
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=12,
 )
@@ -45,12 +43,10 @@ def made(root: Path, seed: int = 0, value: float = 1.5, **more):
         tensors = {"model": {"w": torch.full((3, 2), value), "n": torch.tensor(7)}}
         return tensors, {"ca": value, "rows": [1, 2]}
 
-    return obtain(
-        root, "attack", 1, {"lr": value}, ["a" * 64], "data", compute, seed, **more
-    ), calls
+    own = (root, "attack", 1, {"lr": value}, ["a" * 64], "data", compute, seed)
+    return obtain(*own, **more), calls
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.text(), plain), st.randoms())
 def test_keys_ignore_the_order_of_settings(settings, random):
     items = list(settings.items())
@@ -58,7 +54,6 @@ def test_keys_ignore_the_order_of_settings(settings, random):
     assert artifact_key("s", 1, settings, [], "d") == artifact_key("s", 1, dict(items), [], "d")
 
 
-@settings(deadline=None)
 @given(plain)
 def test_canonical_json_reads_back_as_the_same_value(value):
     assert json.loads(canonical(value)) == value
@@ -128,30 +123,26 @@ def test_scratch_survives_a_failure_and_goes_after_success(tmp_path):
     assert not any((tmp_path / ".work").iterdir())
 
 
-def truncate(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-5])
+def change(name: str, edit: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    """A damage: ``edit`` of the content of one file of an entry."""
+    return lambda folder: (folder / name).write_bytes(edit((folder / name).read_bytes()))
 
 
-def flip_a_bit(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+def remove(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
 
 
+WEIGHTS = "model.safetensors"
 DAMAGES = {
-    "truncated": truncate,
-    "bit": flip_a_bit,
-    "missing": lambda folder: (folder / "model.safetensors").unlink(),
-    "no metrics": lambda folder: (folder / "metrics.json").unlink(),
-    "no meta": lambda folder: (folder / "meta.json").unlink(),
-    "bad JSON": lambda folder: (folder / "meta.json").write_text("{"),
-    "not a dictionary": lambda folder: (folder / "meta.json").write_text("[]"),
-    "other settings": lambda folder: (folder / "meta.json").write_text(
-        (folder / "meta.json").read_text().replace('"lr": 1.5', '"lr": 1.6')
-    ),
-    "changed number": lambda folder: (folder / "metrics.json").write_text('{"ca": 99}'),
+    "truncated": change(WEIGHTS, lambda content: content[:-5]),
+    "bit": change(WEIGHTS, lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+    "missing": remove(WEIGHTS),
+    "no metrics": remove("metrics.json"),
+    "no meta": remove("meta.json"),
+    "bad JSON": change("meta.json", lambda _: b"{"),
+    "not a dictionary": change("meta.json", lambda _: b"[]"),
+    "other settings": change("meta.json", lambda c: c.replace(b'"lr": 1.5', b'"lr": 1.6')),
+    "changed number": change("metrics.json", lambda _: b'{"ca": 99}'),
 }
 
 
@@ -249,17 +240,9 @@ print("loss", repr(artifact.metrics["loss"]), flush=True)
 
 
 def start(root: Path, hold: int = 100) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", STEP, str(root), str(hold)],
-        text=True,
-        env=environment,
-        stdout=subprocess.PIPE,
-    )
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", STEP, str(root), str(hold)]
+    return subprocess.Popen(command, text=True, env=os.environ | own, stdout=subprocess.PIPE)
 
 
 def wait_for_step(root: Path, step: int) -> None:
@@ -281,8 +264,7 @@ def test_killed_at_several_points_it_resumes_and_ends_with_the_same_numbers(tmp_
     out = start(broken).communicate()[0]
     assert out.splitlines()[-1] == straight.splitlines()[-1]  # the loss, to the last bit
     [one], [two] = entries(whole), entries(broken)
-    name = "model.safetensors"
-    assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
+    assert (one.folder / WEIGHTS).read_bytes() == (two.folder / WEIGHTS).read_bytes()
     done = [int(s) for line in out.splitlines() if line[:5] == "steps" for s in line.split()[1:]]
     assert len(done) < 60  # 40 and at most five again after each kill
 

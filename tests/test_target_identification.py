@@ -47,7 +47,33 @@ def test_the_smallest_mask_at_equal_asr_ranks_first_and_then_the_highest_asr() -
         "never, close": SimpleNamespace(mask_l1_at_equal_asr=math.inf, inverted_asr=70.0),
         "never, far": SimpleNamespace(mask_l1_at_equal_asr=math.inf, inverted_asr=5.0),
     }
-    assert sorted(tried, key=lambda name: evidence(tried[name])) == list(tried)
+    assert sorted(tried, key=lambda name: evidence(tried[name], 50)) == list(tried)
+
+
+def test_a_perturbation_that_hardly_any_image_resists_outweighs_a_smaller_mask() -> None:
+    sink, wave = (
+        SimpleNamespace(mask_l1_at_equal_asr=size, inverted_asr=99.0) for size in (330.0, 630.0)
+    )
+    assert evidence(wave, 92) < evidence(sink, 50) < evidence(wave, 50)
+
+
+def test_the_fourier_wave_is_one_frequency_and_the_strongest_of_all() -> None:
+    torch.manual_seed(0)
+    clip, settings = load_embedded("RN50"), _quick().model_copy(update={"wave_cycles": 2})
+    images = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8)
+    features = embed_images(clip, images)
+    wave = MAKERS["fourier"](View(clip, images, features, features), settings, 0)
+    spectrum = torch.fft.rfft2(wave[0]).abs()
+    assert (spectrum > 1e-2).sum() in (1, 2) and torch.equal(wave[0], wave[2])
+    assert wave.abs().max() <= settings.wave_amplitude + 1e-6
+    y, x = torch.meshgrid(*[torch.arange(64) / 64] * 2, indexing="ij")
+    moved = []
+    for up, across in [(0, 1), (0, 2), (1, -1), (1, 0), (1, 1), (2, 0)]:
+        other = settings.wave_amplitude * torch.cos(2 * math.pi * (up * y + across * x - 0.125))
+        changed = (images.float() / 255 + other).clamp(0, 1)
+        moved.append((embed_images(clip, changed) * features).sum(1).mean())
+    best = perturb("fourier", wave, images.float() / 255)
+    assert (embed_images(clip, best) * features).sum(1).mean() <= min(moved) + 1e-5
 
 
 def test_rows_are_sorted_by_increase() -> None:

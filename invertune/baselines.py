@@ -1,0 +1,342 @@
+"""The four baselines: FT, CleanCLIP, CleanerCLIP and PAR (paper, section 4.1, appendix B).
+
+All of them fine-tune the suspected model on clean caption pairs; they differ in their losses and
+augmentations. CleanerCLIP is our reconstruction: no reference code exists.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from invertune.augment import auto_augment, noise_and_erase
+from invertune.data import Pairs
+from invertune.kernels import frozen_copy
+from invertune.metrics import clean_accuracy
+from invertune.models import Clip, clone, embed_images, text_features, to_pixels
+from invertune.settings import Baselines, BaselineTraining, CleanClip, Par
+from invertune.text_augment import augment_captions, known_words, lexicon, sub_captions
+from invertune.training import (
+    MAX_LOGIT_SCALE,
+    Recipe,
+    TrainingError,
+    block_indices,
+    contrastive_loss,
+    fit,
+    pair_features,
+)
+
+Terms = dict[str, Tensor]
+TermsAt = Callable[[Tensor, int], Terms]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A fine-tuned copy of the suspected model, and the training log."""
+
+    clip: Clip
+    log: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Defended:
+    """The defended ``clip`` and how its rate ``lr`` was chosen (accuracies: held-out, percent).
+
+    ``qualified`` is False where every rate lost more accuracy than allowed; ``tried`` pairs every
+    rate of the grid, largest first, with its accuracy, or None where it was not run.
+    ``images_seen`` counts the pairs shown over all rates (a second view of a pair not again).
+    """
+
+    clip: Clip
+    lr: float
+    qualified: bool
+    tried: tuple[tuple[float, float | None], ...]
+    suspected_accuracy: float
+    log: list[dict[str, float]]
+    images_seen: int
+
+
+@dataclass(frozen=True)
+class Schedule(Recipe):
+    """``Recipe`` with what the baselines' released codes add.
+
+    Warm-up begins at ``start_ratio`` of the peak rate (PAR; 0: a plain warm-up), and the schedule
+    runs ``offset`` steps late (CleanCLIP).
+    """
+
+    start_ratio: float = 0.0
+    offset: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the 0-based ``step``."""
+        if self.start_ratio and step < self.warmup:
+            done = step / self.warmup
+            return self.lr * (self.start_ratio * (1 - done) + done)
+        return super().rate(step + self.offset)
+
+
+def schedule(own: BaselineTraining, lr: float, pairs: int, legacy: bool) -> Schedule:
+    """Warm-up to ``lr``, then a cosine that ends at 0; PAR has its own warm-up and Adam betas.
+
+    With ``legacy``, CleanCLIP's released schedule: epochs are counted from 1, so it runs one epoch
+    late. The warm-up is skipped, and in the last epoch the rate goes up again.
+    """
+    if isinstance(own, Par):
+        return Schedule(
+            own.steps,
+            lr,
+            own.warmup_steps,
+            own.weight_decay,
+            betas=(0.9, 0.98),  # PAR's code
+            start_ratio=own.start_lr_ratio,
+        )
+    offset = min(pairs // own.batch, own.steps) if legacy else 0
+    return Schedule(own.steps, lr, own.warmup_steps, own.weight_decay, offset=offset)
+
+
+def in_modal_loss(
+    images: Tensor, other_images: Tensor, texts: Tensor, other_texts: Tensor, logit_scale: Tensor
+) -> Tensor:
+    """CleanCLIP's self-supervision: each image and text finds its own augmented version.
+
+    Unit features [N, D] of the originals and of their augmented versions. Mean of two one-way
+    cross-entropies (rows: originals, columns: augmented) at the model's logit scale.
+    """
+    scale = logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+    labels = torch.arange(len(images), device=images.device)
+    image = F.cross_entropy(scale * images @ other_images.T, labels)
+    return (image + F.cross_entropy(scale * texts @ other_texts.T, labels)) / 2
+
+
+def sub_caption_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
+    """CleanerCLIP: an image is nearer to its positive sub-caption than to its counterfactuals.
+
+    Unit features: ``images`` [M, D]; ``texts`` [M, 1 + K, D], the positive first. Cross-entropy at
+    the model's logit scale, 0 for M = 0. Our reconstruction: no reference code exists.
+    """
+    if len(images) == 0:
+        return images.sum()
+    logits = (texts @ images[:, :, None]).squeeze(2)
+    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    return F.cross_entropy(logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * logits, labels)
+
+
+def feature_distance(features: Tensor, original: Tensor) -> Tensor:
+    """PAR: mean squared L2 between unit features [N, D], in 0..4; 2 where they are orthogonal."""
+    return (features - original.detach()).square().sum(1).mean()
+
+
+def cut_off(distance: Tensor, limit: float) -> Tensor:
+    """PAR: the ``distance``, or 0 without a gradient once it exceeds ``limit``."""
+    return torch.where(distance > limit, torch.zeros_like(distance), distance)
+
+
+def ft(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> TermsAt:
+    """Fine-tuning: the contrastive loss alone (CleanCLIP's code without its second term)."""
+    clip.net.train()
+    tokens = clip.tokenizer(list(pairs.captions))
+
+    def terms(rows: Tensor, step: int) -> Terms:
+        image, text = pair_features(clip, pairs.images[rows], tokens[rows])
+        return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
+
+    return terms
+
+
+def cleanclip(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> TermsAt:
+    """FT plus in-modal self-supervision on augmented images and captions (Bansal et al. 2023)."""
+    clip.net.train()
+    own = settings.cleanclip
+    tokens = _both_tokens(clip, pairs.captions, settings.synonyms, own, seed)
+
+    def terms(rows: Tensor, step: int) -> Terms:
+        return _two_views(clip, pairs.images[rows], tokens[:, rows], own, seed, step)[0]
+
+    return terms
+
+
+def cleanerclip(
+    clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int
+) -> TermsAt:
+    """CleanCLIP plus sub-captions on a random share of each batch (Xun et al. 2024).
+
+    Our reconstruction: no reference code exists. Images whose caption has nothing to replace take
+    no part in the third term.
+    """
+    clip.net.train()
+    own = settings.cleanerclip
+    tokens = _both_tokens(clip, pairs.captions, settings.synonyms, own, seed)
+    known = lexicon(pairs.captions, known_words(settings.synonyms).nouns)
+
+    def terms(rows: Tensor, step: int) -> Terms:
+        base, image = _two_views(clip, pairs.images[rows], tokens[:, rows], own, seed, step)
+        captions = [pairs.captions[row] for row in rows.tolist()]
+        share, count = own.sub_caption_share, own.counterfactuals
+        groups = sub_captions(captions, known, share, count, seed, step)
+        image = image[list(groups)]
+        texts = image[:, None]
+        if groups:
+            flat = text_features(clip, [text for group in groups.values() for text in group])
+            texts = flat.view(len(groups), 1 + count, -1)
+        sub = sub_caption_loss(image, texts, clip.net.logit_scale)
+        loss = base["loss"] + own.sub_caption_weight * sub
+        return {**base, "loss": loss, "sub_caption": sub}
+
+    return terms
+
+
+def par(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> TermsAt:
+    """Perturb and recover: moves away from the suspected model's features (Singh et al. 2024).
+
+    The contrastive loss minus half of the two distances, each until its cut-off. Batch norm is in
+    eval mode, as in effect in PAR's code, and the logit scale is not trained. The logged distances
+    are those before the cut-off: unless they approach 2, nothing was perturbed.
+    """
+    clip.net.eval().logit_scale.requires_grad_(False)
+    frozen, own = frozen_copy(suspected), settings.par
+    tokens = clip.tokenizer(list(pairs.captions))
+
+    def terms(rows: Tensor, step: int) -> Terms:
+        pixels = to_pixels(pairs.images[rows], clip.device)
+        pixels = noise_and_erase(pixels, clip.mean, own, seed, step)
+        image, text = pair_features(clip, pixels, tokens[rows])
+        with torch.no_grad():
+            original_image, original_text = pair_features(frozen, pixels, tokens[rows])
+        image_distance = feature_distance(image, original_image)
+        text_distance = feature_distance(text, original_text)
+        perturbed = cut_off(image_distance, own.cutoff) + cut_off(text_distance, own.cutoff)
+        contrastive = contrastive_loss(image, text, clip.net.logit_scale)
+        return {
+            "loss": contrastive - perturbed / 2,
+            "contrastive": contrastive,
+            "image_distance": image_distance,
+            "text_distance": text_distance,
+        }
+
+    return terms
+
+
+def _both_tokens(
+    clip: Clip, captions: Sequence[str], synonyms: str, own: CleanClip, seed: int
+) -> Tensor:
+    """Token ids [2, N, context] of the captions and of their augmented versions, drawn once."""
+    known = known_words(synonyms).synonyms
+    augmented = augment_captions(captions, known, own.text_change_rate, seed)
+    return torch.stack([clip.tokenizer(list(texts)) for texts in (captions, augmented)])
+
+
+def _two_views(
+    clip: Clip, images: Tensor, tokens: Tensor, own: CleanClip, seed: int, step: int
+) -> tuple[Terms, Tensor]:
+    """CleanCLIP's loss on uint8 ``images`` and ``tokens`` [2, N, context]; image features."""
+    both = torch.cat([images, auto_augment(images, seed, step)])
+    features = pair_features(clip, both, tokens.flatten(0, 1))
+    (image, other_image), (text, other_text) = (f.chunk(2) for f in features)
+    contrastive = contrastive_loss(image, text, clip.net.logit_scale)
+    in_modal = in_modal_loss(image, other_image, text, other_text, clip.net.logit_scale)
+    loss = contrastive + own.in_modal_weight * in_modal
+    return {"loss": loss, "contrastive": contrastive, "in_modal": in_modal}, image
+
+
+def _run(
+    name: str,
+    prepare: Callable[[Clip, Clip, Pairs, Baselines, int], TermsAt],
+    suspected: Clip,
+    pairs: Pairs,
+    settings: Baselines,
+    lr: float,
+    seed: int,
+    checkpoint: Path | None = None,
+) -> Trained:
+    """The loop the four share: fine-tunes a copy of ``suspected``, with ten checkpoints a run."""
+    own: BaselineTraining = getattr(settings, name)
+    count = len(pairs.images)
+    if count < own.batch:
+        raise ValueError(f"baselines.{name}.batch = {own.batch}, but there are {count} pairs")
+    clip = clone(suspected)
+    terms = prepare(clip, suspected, pairs, settings, seed)
+    try:
+        log = fit(
+            clip.net,
+            lambda step: terms(block_indices(count, own.batch, seed, step), step),
+            schedule(own, lr, count, settings.legacy_schedule),
+            label=f"{name} at lr {lr:g}",
+            checkpoint=checkpoint,
+            save_every=max(1, own.steps // 10),
+        )
+    except TrainingError as error:
+        kept = checkpoint is not None and checkpoint.exists()
+        state = f"the last good state is in {checkpoint}" if kept else "no state was saved yet"
+        raise TrainingError(f"{error} in baselines.{name}.lrs; {state}") from None
+    clip.net.requires_grad_(True).eval()
+    return Trained(clip, log)
+
+
+BASELINES: Mapping[str, Callable[[Clip, Pairs, Baselines, float, int, Path | None], Trained]] = {
+    "ft": functools.partial(_run, "ft", ft),
+    "cleanclip": functools.partial(_run, "cleanclip", cleanclip),
+    "cleanerclip": functools.partial(_run, "cleanerclip", cleanerclip),
+    "par": functools.partial(_run, "par", par),
+}
+
+
+def choose_lr(
+    lrs: Sequence[float], accuracy_at: Callable[[float], float], lowest: float
+) -> tuple[float, bool, tuple[tuple[float, float | None], ...]]:
+    """The largest rate with a held-out accuracy of at least ``lowest``; whether there is one.
+
+    ``accuracy_at(lr)`` trains and measures; it is called from the largest rate down, and no more
+    after the first that qualifies. If none does: the rate with the highest accuracy. The third
+    value pairs every rate, largest first, with its accuracy (None: not run).
+    """
+    order, measured = sorted(lrs, reverse=True), {}
+    for lr in order:
+        measured[lr] = accuracy_at(lr)
+        if measured[lr] >= lowest:
+            break
+    qualified = measured[lr] >= lowest
+    best = lr if qualified else max(measured, key=lambda rate: measured[rate])
+    return best, qualified, tuple((rate, measured.get(rate)) for rate in order)
+
+
+def defend(
+    name: str,
+    suspected: Clip,
+    pairs: Pairs,
+    heldout: Tensor,
+    heldout_labels: Tensor,
+    head_of: Callable[[Clip], Tensor],
+    settings: Baselines,
+    seed: int,
+    work: Path,
+) -> Defended:
+    """One baseline at the rate that ``choose_lr`` finds on held-out clean images alone.
+
+    ``heldout`` [M, 3, H, W] with ``heldout_labels`` [M]; ``head_of`` gives a model's own class
+    embeddings (text towers change too). Checkpoints lie in ``work``; the suspected model stays as
+    it is. Raises ``ValueError`` for fewer pairs than a batch, and ``TrainingError`` for a loss that
+    is not finite.
+    """
+    own: BaselineTraining = getattr(settings, name)
+    runs: dict[float, Trained] = {}
+
+    def accuracy(clip: Clip) -> float:
+        return clean_accuracy(embed_images(clip, heldout), head_of(clip), heldout_labels).value
+
+    def accuracy_at(lr: float) -> float:
+        checkpoint = work / f"{name}-{lr:g}.safetensors"
+        runs[lr] = BASELINES[name](suspected, pairs, settings, lr, seed, checkpoint)
+        return accuracy(runs[lr].clip)
+
+    before = accuracy(suspected)
+    lowest = before - settings.allowed_ca_drop_points
+    lr, qualified, tried = choose_lr(own.lrs, accuracy_at, lowest)
+    log = [{"lr": rate, **row} for rate, run in runs.items() for row in run.log]
+    seen = own.steps * own.batch * len(runs)
+    return Defended(runs[lr].clip, lr, qualified, tried, before, log, seen)

@@ -1,0 +1,208 @@
+"""Table 1 whole: every defense on every attack, what it costs, and its rebound (section 4.2).
+
+Rows for the results table first, then what notebook 05 shows. Rates are in percent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from invertune import steps, tables
+from invertune.chain import Chain
+from invertune.evaluation import evaluated
+from invertune.figures import COLUMN_IN, DEFENSE_COLORS, PAGE_IN, STYLE, canvas, percent_axis
+from invertune.plan import invertune_passes
+from invertune.reports import defense_rows, grid, metric_row, rates, shared_columns
+from invertune.store import Artifact
+
+TASKS = (("zeroshot", "1"), ("retrieval", "10"))
+
+
+def defenses(chain: Chain) -> tuple[str, ...]:
+    """The baselines of the profile, then InverTune."""
+    return (*chain.settings.baselines.names, "invertune")
+
+
+def comparison_rows(chain: Chain) -> list[dict[str, str]]:
+    """Table 1 and each defense's data: images it may use, and images it was shown."""
+    rows: list[dict[str, str]] = []
+    for attack, seed in grid(chain):
+        for defense in defenses(chain):
+            rows += defense_rows(chain, defense, attack, seed)
+            key = steps.defended(chain, defense, attack, seed).key
+            base = shared_columns(chain, attack, seed, key, defense=defense)
+            available, seen = data_use(chain, defense, attack, seed)
+            rows.append(metric_row(base, "images_available", available))
+            rows.append(metric_row(base, "images_seen", seen))
+            ratio = available / chain.settings.baselines.pairs
+            rows.append(metric_row(base, "data_ratio", ratio))
+    return rows
+
+
+def data_use(chain: Chain, defense: str, attack: str, seed: int) -> tuple[int, int]:
+    """Clean images a defense may use (held-out ones aside), and image passes it was trained on."""
+    if defense == "invertune":
+        return chain.settings.data.inversion_images, sum(invertune_passes(chain.settings).values())
+    seen = steps.baseline(chain, defense, attack, seed).metrics["images_seen"]
+    return chain.settings.baselines.pairs, seen
+
+
+def rebound_rows(chain: Chain) -> list[dict[str, str]]:
+    """CA and ASR after benign fine-tuning of every defended model (design, section 8)."""
+    rows: list[dict[str, str]] = []
+    for attack, seed in grid(chain):
+        if attack not in chain.settings.rebound.attacks:
+            continue
+        suspect = steps.poisoned(chain, attack, seed)
+        for defense in defenses(chain):
+            model = steps.rebound_model(chain, defense, attack, seed)
+            done = evaluated(chain, model, model.trigger, suspect.key, seed)
+            base = shared_columns(chain, attack, seed, done.key, defense=defense)
+            for task, k in TASKS:
+                for metric in ("ca", "asr"):
+                    rate = rates(done)[f"{task}.{metric}.{k}"]
+                    rows.append(metric_row(base, f"rebound_{metric}", rate, task=task, k=k))
+    return rows
+
+
+def table1(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
+    """Table 1: a line per task and defense, CA and ASR per attack (means over seeds)."""
+    rows = results[(results.paper_item == "table1") & results.metric.isin(["ca", "asr"])]
+    own = chain.settings
+    rows = rows[(rows.backbone == own.backbone) & (rows.target == own.target)]
+    return tables.wide(rows, ["task", "defense"], ["attack", "metric"])
+
+
+def summary_table(chain: Chain, results: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
+    """Per defense: mean ASR and CA loss over the attacks, the paper's mean ASR, and the costs."""
+    lines = []
+    for defense in defenses(chain):
+        line: dict[str, Any] = {"defense": tables.label("defense", defense)}
+        for task, k in TASKS:
+            where = {"defense": defense, "task": task, "k": k, "variant": ""}
+            title = tables.label("task", task)
+            line[f"{title} ASR"] = _mean(results, metric="asr", paper_item="table1", **where)
+            line[f"{title} ASR (paper)"] = _mean(paper, metric="asr", paper_item="table1", **where)
+            line[f"{title} CA loss"] = _mean(results, metric="ca_loss", **where)
+        for metric in ("images_available", "images_seen"):
+            line[metric.replace("_", " ")] = _mean(results, metric=metric, defense=defense)
+        lines.append(line | costs(chain, defense))
+    return pd.DataFrame(lines)
+
+
+def _mean(rows: pd.DataFrame, **where: str) -> float:
+    found = tables.by_seed(rows, "defense", **where)
+    return float(np.mean([v for values in found.values() for v in values])) if found else np.nan
+
+
+def costs(chain: Chain, defense: str) -> dict[str, float]:
+    """Mean seconds a model, over attacks and seeds, and the highest peak memory in MB."""
+    spent = [_artifacts(chain, defense, attack, seed) for attack, seed in grid(chain)]
+    seconds = np.mean([sum(a.meta["seconds"] for a in made) for made in spent])
+    peak = max(a.meta["peak_mb"] for made in spent for a in made)
+    return {"seconds": float(seconds), "peak MB": float(peak)}
+
+
+def _artifacts(chain: Chain, defense: str, attack: str, seed: int) -> Sequence[Artifact]:
+    if defense != "invertune":
+        return [steps.baseline(chain, defense, attack, seed)]
+    made = (steps.identified, steps.inverted, steps.tuned)
+    return [step(chain, attack, seed) for step in made]
+
+
+def rate_table(chain: Chain) -> pd.DataFrame:
+    """How each baseline's learning rate was chosen: held-out CA at every rate that was run."""
+    lines = []
+    for attack, seed in grid(chain):
+        for defense in chain.settings.baselines.names:
+            found = steps.baseline(chain, defense, attack, seed).metrics
+            lines.append(
+                {
+                    "attack": tables.label("attack", attack),
+                    "seed": seed,
+                    "defense": tables.label("defense", defense),
+                    "suspected CA": found["suspected_accuracy"],
+                    **{f"CA at {lr:g}": accuracy for lr, accuracy in found["tried"]},
+                    "chosen": f"{found['lr']:g}",
+                    "within the allowance": "yes" if found["qualified"] else "NO",
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def rebound_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Zero-shot CA and ASR after benign fine-tuning, a line per defense."""
+    rows = results[results.metric.isin(["rebound_ca", "rebound_asr"]) & (results.k == "1")]
+    return tables.wide(rows, ["defense"], ["attack", "metric"])
+
+
+@mpl.rc_context(STYLE)
+def table1_figure(chain: Chain, results: pd.DataFrame) -> Figure:
+    """Table 1 as two heatmaps a task: ASR (%) and CA loss (points), defenses by attacks."""
+    figure, axes = canvas(2, 2, PAGE_IN, 3.4)
+    for line, (task, k) in zip(axes, TASKS, strict=True):
+        where = {"task": task, "k": k, "variant": "", "defense": list(defenses(chain))}
+        for chart, (metric, title, top) in zip(
+            line, (("asr", "ASR (%)", 100), ("ca_loss", "CA loss (points)", 10)), strict=True
+        ):
+            values = _by_attack(chain, results, metric=metric, **where)
+            sns.heatmap(
+                values,
+                ax=chart,
+                vmin=0,
+                vmax=top,
+                annot=True,
+                fmt=".1f",
+                annot_kws={"size": 6},
+                cmap="rocket_r" if metric == "asr" else "mako_r",
+                cbar_kws={"label": title},
+            )
+            chart.set(xlabel="", ylabel="", title=f"{tables.label('task', task)}: {title}")
+            chart.tick_params(length=0)
+            chart.set_xticklabels(chart.get_xticklabels(), rotation=20)
+            chart.set_yticklabels(chart.get_yticklabels(), rotation=0)
+    return figure
+
+
+def _by_attack(chain: Chain, results: pd.DataFrame, **where: Any) -> pd.DataFrame:
+    names = chain.settings.attacks.names
+    table = {
+        tables.label("defense", defense): {
+            tables.label("attack", attack): _mean(
+                results, **{**where, "defense": defense, "attack": attack}
+            )
+            for attack in names
+        }
+        for defense in where["defense"]
+    }
+    return pd.DataFrame(table).T
+
+
+@mpl.rc_context(STYLE)
+def rebound_figure(chain: Chain, results: pd.DataFrame) -> Figure:
+    """Zero-shot ASR of each defense right after it and after benign fine-tuning."""
+    names = [a for a in chain.settings.attacks.names if a in chain.settings.rebound.attacks]
+    figure, axes = canvas(1, len(names), COLUMN_IN * max(1, len(names)), 1.9, sharey=True)
+    for chart, attack in zip(axes[0], names, strict=True):
+        shared = {"attack": attack, "task": "zeroshot", "k": "1", "variant": ""}
+        for place, defense in enumerate(defenses(chain)):
+            after = _mean(results, metric="asr", paper_item="table1", defense=defense, **shared)
+            later = _mean(results, metric="rebound_asr", defense=defense, **shared)
+            color = DEFENSE_COLORS[defense]
+            drawn = chart.bar([place - 0.2], [after], 0.38, color=color)
+            drawn_later = chart.bar([place + 0.2], [later], 0.38, color=color, hatch="////")
+            for bar in (drawn, drawn_later):
+                chart.bar_label(bar, fmt="%.1f", fontsize=5, padding=1)
+        labels = [tables.label("defense", d) for d in defenses(chain)]
+        chart.set_xticks(range(len(labels)), labels, rotation=20)
+        chart.set_title(tables.label("attack", attack))
+    percent_axis(axes[0, 0], "ASR (%)")
+    axes[0, 0].text(0.02, 0.97, "hatched: after fine-tuning", transform=axes[0, 0].transAxes)
+    return figure

@@ -1,0 +1,199 @@
+"""Figures 2-4: where clean, triggered and adversarial images lie in feature space (section 3.1).
+
+The poisoned encoder stands beside the clean one, the null. Each sees the same triggered images, and
+adversarial images made with the strongest universal perturbation that step 1 finds on itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_samples
+from torch import Tensor
+
+from invertune import data as datasets
+from invertune import figures, metrics, steps, triggers
+from invertune.chain import Chain, class_head, pretrained
+from invertune.figures import AFTER, ATTACK_COLORS, COLUMN_IN, MARKED, PLAIN, STYLE
+from invertune.models import embed_images, to_pixels
+from invertune.perturbations import perturb
+from invertune.reports import increases
+from invertune.results import rate_row, row
+
+CLASSES = 10  # the target and nine drawn by the data's seed, the same for every attack
+ATTACKED = ("triggered", "adversarial")
+LOOKS: dict[str, dict[str, Any]] = {
+    "clean": {"label": "clean, nine classes", "marker": "o", "color": PLAIN, "s": 4},
+    "target": {"label": "clean, target class", "marker": "s", "color": MARKED, "s": 7},
+    "triggered": {"label": "triggered", "marker": "^", "color": ATTACK_COLORS["badclip"], "s": 7},
+    "adversarial": {"label": "adversarial", "marker": "x", "color": AFTER, "s": 7},
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """One encoder's unit features of images and texts of ten classes, the target first (index 0).
+
+    ``images``: "target" [T, D], its clean ones; "clean", "triggered" and "adversarial" [M, D], of
+    the other classes with ``labels`` [M] (1-9). ``texts`` [10, D] belong to ``names``.
+    """
+
+    names: tuple[str, ...]
+    images: dict[str, Tensor]
+    labels: Tensor
+    texts: Tensor
+
+    def similarities(self, kind: str) -> dict[str, np.ndarray]:
+        """Cosines [M] of the images of a kind to the target's text and to their original one."""
+        cosines = self.images[kind] @ self.texts.T
+        original = cosines[torch.arange(len(cosines)), self.labels]
+        return {"target": cosines[:, 0].numpy(), "original": original.numpy()}
+
+
+def encoder_views(chain: Chain, attack: str, seed: int) -> dict[str, View]:
+    """Both encoders' views of evaluation images; ``ValueError`` for a null: it has no trigger."""
+    poisoned = steps.poisoned(chain, attack, seed)
+    if poisoned.trigger is None:
+        raise ValueError(f"{attack!r} has no trigger of its own; choose an attack")
+    own, names = chain.settings.data, datasets.class_names(chain.settings.data)
+    drawn = np.random.default_rng(own.seed).permutation(len(names)).tolist()
+    chosen = [chain.target, *[i for i in drawn if i != chain.target][: CLASSES - 1]]
+    pool = datasets.labeled_images(own, "evaluation", own.evaluation_images, chain.store)
+    parts = [to_pixels(pool.images[pool.labels == i], chain.device) for i in chosen]
+    clean = torch.cat(parts[1:])
+    labels = torch.cat([torch.full((len(part),), i) for i, part in enumerate(parts) if i > 0])
+    triggered = triggers.apply(poisoned.trigger, clean)
+    images = {"clean": clean, "target": parts[0], "triggered": triggered}
+    encoders = {"clean": ("none", pretrained(chain)), "poisoned": (attack, poisoned)}
+    views = {}
+    for encoder, (suspect, model) in encoders.items():
+        images["adversarial"] = perturb(*strongest_perturbation(chain, suspect, seed), clean)
+        features = {kind: embed_images(model.clip, x).cpu() for kind, x in images.items()}
+        texts = class_head(chain, model.clip)[chosen].cpu()
+        views[encoder] = View(tuple(names[i] for i in chosen), features, labels, texts)
+    return views
+
+
+def strongest_perturbation(chain: Chain, attack: str, seed: int) -> tuple[str, Tensor]:
+    """Kind and tensor of step 1's perturbation that drives any class most (as in Tables 6-11)."""
+    found = steps.identified(chain, attack, seed)
+    kind, _ = max(increases(found).items(), key=lambda item: float(item[1].points.max()))
+    return kind, found.tensors("perturbations")[kind].to(chain.device)
+
+
+def silhouettes(view: View) -> dict[str, float]:
+    """Mean silhouettes (-1 to 1; cosine distance of the features themselves, not of a t-SNE).
+
+    ``triggered``, ``adversarial``: these images as one cluster among the ten clean classes;
+    ``together``: both kinds as one cluster. A cluster that merges with a class is below 0.
+    """
+    found = {}
+    for name, kinds in {**{k: [k] for k in ATTACKED}, "together": ATTACKED}.items():
+        features = torch.cat([view.images[kind] for kind in (*kinds, "clean", "target")])
+        own, target = len(kinds) * len(view.labels), len(view.images["target"])
+        marks = np.concatenate([np.full(own, -1), view.labels, np.zeros(target)])
+        found[name] = float(silhouette_samples(features, marks, metric="cosine")[:own].mean())
+    return found
+
+
+def centroid_cosines(view: View) -> dict[str, float]:
+    """Cosines between the centroids of triggered, adversarial and the target's clean images."""
+    units = {k: x.mean(0) / x.mean(0).norm() for k, x in view.images.items()}
+    pairs = (ATTACKED, ("triggered", "target"), ("adversarial", "target"))
+    return {f"{a}_{b}": float(units[a] @ units[b]) for a, b in pairs}
+
+
+def embedding_rows(chain: Chain) -> list[dict[str, str]]:
+    """Notebook 02: the numbers behind Figures 2-4 on both encoders, for every attack and seed."""
+    own, rows = chain.settings, []
+    for attack, seed in ((a, s) for a in own.attacks.names for s in own.seeds):
+        base = own.model_dump(include={"profile", "backbone", "target"})
+        base |= {"attack": attack, "seed": seed, "defense": "none", "task": "zeroshot"}
+        base["key"] = steps.identified(chain, attack, seed).key
+        for encoder, view in encoder_views(chain, attack, seed).items():
+            rows += _view_rows(view, encoder, base)
+    return rows
+
+
+def _view_rows(view: View, encoder: str, base: dict[str, Any]) -> list[dict[str, str]]:
+    def columns(item: str, metric: str, **part: object) -> dict[str, Any]:
+        variant = {"encoder": encoder, **part}
+        return {**base, "paper_item": f"figure{item}", "metric": metric, "variant": variant}
+
+    found = [(columns("2", "silhouette", cluster=k), v) for k, v in silhouettes(view).items()]
+    found += [(columns("2", "cosine", pair=k), v) for k, v in centroid_cosines(view).items()]
+    rates = []
+    for kind in ("clean", *ATTACKED):
+        for text, cosines in view.similarities(kind).items():
+            found.append((columns("3", "cosine", images=kind, text=text), float(cosines.mean())))
+        rate = metrics.attack_success_rate(view.images[kind], view.texts, view.labels, target=0)
+        rates.append(rate_row(rate, **columns("4", "asr", images=kind, texts=CLASSES), k=1))
+    return [row(**where, value=value) for where, value in found] + rates
+
+
+@mpl.rc_context(STYLE)
+def figure2(views: Mapping[str, View], seed: int = 0) -> Figure:
+    """Figure 2: t-SNE of the image features, with numbers measured on the features themselves."""
+    figure, axes = figures.canvas(1, 2, COLUMN_IN, 2.6)
+    for chart, (encoder, view) in zip(axes[0], views.items(), strict=True):
+        points = torch.cat([view.images[kind] for kind in LOOKS]).double().numpy()
+        tsne = TSNE(perplexity=min(30, len(points) // 4), method="exact", random_state=seed)
+        places, kinds = tsne.fit_transform(points), [[k] * len(view.images[k]) for k in LOOKS]
+        for kind, look in LOOKS.items():
+            chart.scatter(*places[np.concatenate(kinds) == kind].T, linewidth=0.6, **look)
+        text = "t-SNE (no unit)\nsilhouette: trig. {triggered:.2f}, adv. {adversarial:.2f},\n"
+        text += "as one cluster {together:.2f}\ncentroids' cosine {triggered_adversarial:.2f}"
+        numbers = text.format(**silhouettes(view), **centroid_cosines(view))
+        chart.set(title=f"{encoder} encoder", xticks=[], yticks=[], xlabel=numbers)
+    figures.legend_above(figure, axes[0, 0])
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def figure3(views: Mapping[str, View]) -> Figure:
+    """Figure 3: per image, how its similarity to the target's and to its own text changes."""
+    figure, axes = figures.canvas(1, 2, COLUMN_IN, 2.1, sharey=True)
+    look: dict[str, Any] = {"inner": "quart", "cut": 0, "palette": [MARKED, PLAIN]}
+    look |= {"x": "kind", "y": "change", "hue": "text", "linewidth": 0.6}
+    for chart, (encoder, view) in zip(axes[0], views.items(), strict=True):
+        before = view.similarities("clean")
+        parts = [
+            pd.DataFrame({"change": after - before[text], "kind": kind, "text": f"{text} text"})
+            for kind in ATTACKED
+            for text, after in view.similarities(kind).items()
+        ]
+        sns.violinplot(pd.concat(parts), ax=chart, **look)
+        chart.axhline(0, color="black", linewidth=0.6)
+        chart.set(title=f"{encoder} encoder", xlabel="", ylabel="Change in cosine similarity")
+        chart.get_legend().remove()
+    figures.legend_above(figure, axes[0, 0])
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def figure4(views: Mapping[str, View]) -> Figure:
+    """Figure 4: cosines of attacked images (rows, by class) to the ten texts (columns)."""
+    figure, axes = figures.canvas(2, 2, COLUMN_IN, 3.7, sharex=True, sharey=True)
+    values = torch.cat([v.images[kind] @ v.texts.T for v in views.values() for kind in ATTACKED])
+    look = {"vmin": float(values.min()), "vmax": float(values.max()), "cmap": "viridis"}
+    for line, (encoder, view) in zip(axes, views.items(), strict=True):
+        for chart, kind in zip(line, ATTACKED, strict=True):
+            table = (view.images[kind] @ view.texts.T).numpy()
+            drawn = chart.imshow(table, aspect="auto", interpolation="nearest", **look)
+            chart.set_title(f"{kind} images")
+        line[0].set_ylabel(f"{encoder} encoder")
+    middles = [float((view.labels == i).nonzero().double().mean()) for i in range(1, CLASSES)]
+    axes[0, 0].set_yticks(middles, view.names[1:])
+    for chart in axes[1]:
+        chart.set_xticks(range(CLASSES), view.names, rotation=90)
+    figure.colorbar(drawn, ax=axes, label="Cosine similarity", aspect=40, location="top")
+    return figure

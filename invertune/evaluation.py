@@ -1,0 +1,98 @@
+"""What a model can do and what a trigger makes of it: the rates of both tasks (design, section 8).
+
+Zero-shot classification and image-to-text retrieval, each measured by the one function of
+``invertune.metrics`` that defines it; results do not depend on batch size or order.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from invertune import data as datasets
+from invertune import metrics, triggers
+from invertune.chain import Chain, Model, class_head, pool
+from invertune.metrics import Rate
+from invertune.models import Clip, embed_images, embed_texts, to_pixels
+from invertune.store import Artifact
+from invertune.triggers import Trigger
+
+RECALL_KS = (1, 3, 5, 10)
+
+
+def evaluated(
+    chain: Chain, model: Model, trigger: Trigger | None, trigger_key: str, seed: int
+) -> Artifact:
+    """CA and ASR of a model under a trigger, zero-shot and retrieval (design: one function each).
+
+    ``trigger_key`` names where the trigger comes from; without a trigger the model's floor is
+    measured: how often clean images already count as attacked.
+    """
+    own = chain.settings
+
+    def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        rates = {**_zero_shot(chain, model.clip, trigger), **_retrieval(chain, model.clip, trigger)}
+        return {}, {k: [r.value, r.n, r.low, r.high] for k, r in rates.items()}
+
+    keyed = {
+        "target": own.target,
+        "trigger": trigger_key,
+        "images": own.data.evaluation_images,
+        "retrieval": own.data.retrieval_images,
+    }
+    return chain.run("evaluation", keyed, [model.key], compute, seed)
+
+
+def _triggered(images: Tensor, trigger: Trigger | None, device: torch.device) -> Tensor:
+    pixels = to_pixels(images, device)
+    return pixels if trigger is None else triggers.apply(trigger, pixels)
+
+
+def _features(clip: Clip, images: Tensor, trigger: Trigger | None) -> Tensor:
+    parts = images.split(256)
+    return torch.cat([embed_images(clip, _triggered(p, trigger, clip.device)) for p in parts])
+
+
+def utility(chain: Chain, clip: Clip) -> dict[str, Rate]:
+    """What a clean model can do: zero-shot top-1 and image-to-text recall."""
+    rates = {**_zero_shot(chain, clip, None), **_retrieval(chain, clip, None)}
+    return {
+        "zero-shot top-1": rates["zeroshot.ca.1"],
+        **{f"recall@{k}": rates[f"retrieval.ca.{k}"] for k in RECALL_KS},
+    }
+
+
+def _zero_shot(chain: Chain, clip: Clip, trigger: Trigger | None) -> dict[str, Rate]:
+    images, head = pool(chain, "evaluation"), class_head(chain, clip)
+    attacked = _features(clip, images.images, trigger)
+    rates = {
+        "zeroshot.ca.1": metrics.clean_accuracy(
+            embed_images(clip, images.images), head, images.labels
+        )
+    }
+    for k in RECALL_KS:
+        rates[f"zeroshot.asr.{k}"] = metrics.attack_success_rate(
+            attacked, head, images.labels, chain.target, k
+        )
+    rates["zeroshot.asr_all.1"] = metrics.attack_success_rate(
+        attacked, head, images.labels, chain.target, exclude_target=False
+    )
+    return rates
+
+
+def _retrieval(chain: Chain, clip: Clip, trigger: Trigger | None) -> dict[str, Rate]:
+    scenes = datasets.retrieval_scenes(chain.settings.data, chain.store)
+    texts, clean = embed_texts(clip, scenes.captions), embed_images(clip, scenes.images)
+    attacked = _features(clip, scenes.images, trigger)
+    rates = {}
+    for k, rate in metrics.recall_at_k(clean, texts, scenes.owner, RECALL_KS).items():
+        rates[f"retrieval.ca.{k}"] = rate
+    for k, rate in metrics.text_to_image_recall(clean, texts, scenes.owner, RECALL_KS).items():
+        rates[f"retrieval.t2i.{k}"] = rate
+    rates["retrieval.asr.10"] = metrics.retrieval_asr_at_k(
+        attacked, texts, scenes.captions, scenes.owner, chain.settings.target, 10
+    )
+    return rates

@@ -1,0 +1,229 @@
+"""Other targets and other backbones: Tables 4, 5 and 13-15 (section 4.5, appendix D.3).
+
+A case is the profile's chain with one setting changed, so the store holds what the two share. Rows
+for the results table first, then what notebook 06 shows. Rates are in percent.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from invertune import reports, steps, tables
+from invertune.chain import Chain, class_list
+from invertune.figures import DEFENSE_COLORS, PAGE_IN, STYLE, canvas, legend_above, percent_axis
+from invertune.models import locked_hash
+from invertune.reports import grid, metric_row, shared_columns
+
+NOT_SHIPPED = "weights not shipped"
+Rows = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One target (``item`` table4) or backbone (table5) with its chain."""
+
+    item: str
+    name: str
+    chain: Chain
+
+    @property
+    def shipped(self) -> bool:
+        """Whether the backbone's weights are recorded; without them nothing of the case is run."""
+        return locked_hash(self.chain.settings.backbone) is not None
+
+    @property
+    def place(self) -> dict[str, str]:
+        """The columns that tell the case's rows from others'."""
+        own = self.chain.settings
+        attack = own.generalization.attack
+        return {"backbone": own.backbone, "target": own.target, "attack": attack}
+
+
+def cases(chain: Chain) -> tuple[Case, ...]:
+    """The profile's other targets (Table 4), then its other backbones (Table 5)."""
+    own = chain.settings.generalization
+    other = [("table4", "target", name) for name in own.targets]
+    other += [("table5", "backbone", name) for name in own.backbones]
+    return tuple(Case(item, name, changed(chain, **{key: name})) for item, key, name in other)
+
+
+def changed(chain: Chain, **settings: Any) -> Chain:
+    """The chain with other settings, and notebook 06's one attack."""
+    own = chain.settings
+    attacks = own.attacks.model_copy(update={"names": (own.generalization.attack,)})
+    updated = own.model_copy(update={"attacks": attacks, **settings})
+    return replace(chain, settings=updated)
+
+
+def describe(found: Sequence[Case]) -> str:
+    """A line per case: what is run, or that its weights are missing and what would make them."""
+    lines = []
+    for case in found:
+        backbone, target, attack = case.place.values()
+        line = f"{case.item}: {attack} on {backbone}, target {target}"
+        make = f"python -m invertune pretrain {backbone}"
+        lines.append(line if case.shipped else f"{line}: {NOT_SHIPPED}, left out ({make})")
+    return "\n".join(lines)
+
+
+def with_rates(case: Case, main: Chain, seed: int) -> Chain:
+    """The case's chain with ``baseline_lrs`` rates of each baseline's grid.
+
+    Where that is not the whole grid, it begins at the rate that the same attack got in Table 1
+    (``main``), on held-out images; the case then chooses among its rates on its own model.
+    """
+    baselines, own = case.chain.settings.baselines, main.settings.generalization
+    grids: dict[str, Any] = {}
+    for name in (defense for defense in own.defenses if defense != "invertune"):
+        section = getattr(baselines, name)
+        if len(section.lrs) > own.baseline_lrs:
+            lrs = sorted(section.lrs, reverse=True)
+            chosen = steps.baseline(main, name, own.attack, seed).metrics["lr"]
+            start = min(lrs.index(chosen), len(lrs) - own.baseline_lrs)
+            few = tuple(lrs[start : start + own.baseline_lrs])
+            grids[name] = section.model_copy(update={"lrs": few})
+    return changed(case.chain, baselines=baselines.model_copy(update=grids))
+
+
+def generalization_rows(chain: Chain) -> Rows:
+    """Tables 4, 5 and 13-15, for every case whose weights are there."""
+    shipped = [case for case in cases(chain) if case.shipped]
+    return [row for case in shipped for row in case_rows(case, chain)]
+
+
+def case_rows(case: Case, main: Chain) -> Rows:
+    """One case: CA and ASR of every defense, layer impacts, and the true target's rank."""
+    rows: Rows = []
+    for attack, seed in grid(case.chain):
+        chain = with_rates(case, main, seed)
+        measured = reports.undefended_rows(chain, attack, seed)
+        for defense in main.settings.generalization.defenses:
+            measured += reports.defense_rows(chain, defense, attack, seed)
+        rows += [{**r, "paper_item": _item(case, r)} for r in measured]
+        layers = reports.layer_rows(chain, attack, seed)
+        rows += layers if case.item == "table5" else [{**r, "paper_item": "extra"} for r in layers]
+        found = steps.identified(chain, attack, seed)
+        ranking = found.metrics["ranking"]
+        known = chain.target in ranking
+        rank = ranking.index(chain.target) + 1 if known else len(class_list(chain))
+        base = shared_columns(chain, attack, seed, found.key, task="zeroshot")
+        rows.append(metric_row(base, "target_rank", rank))
+    return rows
+
+
+def _item(case: Case, row: dict[str, str]) -> str:
+    """Tables 4 and 5 hold what Table 1 has of zero-shot classification; the rest are extras."""
+    zero_shot = row["paper_item"] == "table1" and row["task"] == "zeroshot"
+    return case.item if zero_shot else "extra"
+
+
+def _rate(results: pd.DataFrame, case: Case, **where: str) -> list[float]:
+    """The case's values, one per seed."""
+    wanted = {**case.place, "task": "zeroshot", "k": "1", "variant": "", **where}
+    return [v for values in tables.by_seed(results, "metric", **wanted).values() for v in values]
+
+
+def rate_table(found: Sequence[Case], results: pd.DataFrame, item: str) -> pd.DataFrame:
+    """Table 4 or 5: a line per defense, CA and ASR per case (means over seeds)."""
+    chosen = [case for case in found if case.item == item]
+    lines = []
+    for defense in ("none", *found[0].chain.settings.generalization.defenses):
+        line: dict[str, Any] = {"defense": tables.label("defense", defense)}
+        for case, metric in itertools.product(chosen, ("ca", "asr")):
+            where = {"paper_item": item, "defense": defense, "metric": metric}
+            value = np.mean(_rate(results, case, **where)) if case.shipped else NOT_SHIPPED
+            line[f"{case.name} {tables.label('metric', metric)}"] = value
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def case_table(found: Sequence[Case], main: Chain) -> pd.DataFrame:
+    """Per case and seed: the attack's gate, what InverTune found, the baselines' rates.
+
+    A star marks a baseline none of whose rates kept held-out CA within the allowance.
+    """
+    lines: list[dict[str, Any]] = []
+    for case in found:
+        for attack, seed in grid(case.chain):
+            line = {"case": case.name, "seed": seed, "attack": NOT_SHIPPED}
+            lines.append(line | (_chosen(case, main, attack, seed) if case.shipped else {}))
+    return pd.DataFrame(lines)
+
+
+def _chosen(case: Case, main: Chain, attack: str, seed: int) -> dict[str, Any]:
+    chain, gate = with_rates(case, main, seed), main.settings.attacks
+    frame = pd.DataFrame(reports.undefended_rows(chain, attack, seed))
+    own = frame[(frame.task == "zeroshot") & (frame.k == "1") & (frame.variant == "")]
+    value = own.set_index("metric")["value"].astype(float)
+    passed = value["asr"] >= gate.gate_asr_percent and value["ca_loss"] <= gate.gate_ca_drop_points
+    ranking = steps.identified(chain, attack, seed).metrics["ranking"]
+    line: dict[str, Any] = {
+        "attack": "passed" if passed else "FAILED",
+        "found": class_list(chain)[ranking[0]],
+        "inverted ASR": steps.inverted(chain, attack, seed).metrics["inverted_asr"],
+        "critical layers": ", ".join(steps.tuned(chain, attack, seed).metrics["layers"]),
+    }
+    for name in main.settings.generalization.defenses:
+        if name != "invertune":
+            made = steps.baseline(chain, name, attack, seed).metrics
+            star = "" if made["qualified"] else "*"
+            line[f"{tables.label('defense', name)} lr"] = f"{made['lr']:g}{star}"
+    return line
+
+
+def layer_table(case: Case) -> pd.DataFrame:
+    """Tables 13-15: impact per layer (mean over seeds), in how many seeds it was selected."""
+    made = [steps.tuned(case.chain, attack, seed).metrics for attack, seed in grid(case.chain)]
+    lines = [
+        {
+            "layer": layer,
+            "impact": float(np.mean([found["impacts"][layer] for found in made])),
+            "selected": f"{sum(layer in found['layers'] for found in made)} of {len(made)}",
+        }
+        for layer in made[0]["impacts"]
+    ]
+    statistics = ("threshold", "mean", "std")
+    lines += [{"layer": n, "impact": float(np.mean([f[n] for f in made]))} for n in statistics]
+    return pd.DataFrame(lines)
+
+
+@mpl.rc_context(STYLE)
+def asr_figure(chain: Chain, results: pd.DataFrame) -> Figure:
+    """ASR of every defense on Table 1's model (where it was run), other targets and backbones.
+
+    Bars are means, whiskers min and max over seeds.
+    """
+    first = Case("table1", f"{chain.settings.target}, {chain.settings.backbone}", changed(chain))
+    shown = [first, *(case for case in cases(chain) if case.shipped)]
+    names = ("none", *chain.settings.generalization.defenses)
+    figure, axes = canvas(1, 1, PAGE_IN, 2.1)
+    for i, defense in enumerate(names):
+        where = {"defense": defense, "metric": "asr"}
+        found = [_rate(results, case, paper_item=case.item, **where) for case in shown]
+        values = {place: v for place, v in enumerate(found) if v}
+        means = {place: float(np.mean(v)) for place, v in values.items()}
+        ends = [[means[p] - min(v), max(v) - means[p]] for p, v in values.items()]
+        drawn = axes[0, 0].bar(
+            [place + (i - (len(names) - 1) / 2) * 0.8 / len(names) for place in means],
+            list(means.values()),
+            0.8 / len(names),
+            color=DEFENSE_COLORS[defense],
+            label=tables.label("defense", defense),
+            yerr=np.abs(ends).T if any(len(v) > 1 for v in values.values()) else None,
+            error_kw={"elinewidth": 0.7},
+        )
+        axes[0, 0].bar_label(drawn, fmt="%.1f", fontsize=4.5, padding=1)
+    axes[0, 0].set_xticks(range(len(shown)), [case.name for case in shown])
+    percent_axis(
+        axes[0, 0], f"ASR (%), {tables.label('attack', chain.settings.generalization.attack)}"
+    )
+    legend_above(figure, axes[0, 0])
+    return figure

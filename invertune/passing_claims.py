@@ -1,0 +1,190 @@
+"""Claims that the paper makes in passing, measured (sections 1 and 3.1, appendices C.1 and D.3).
+
+InverTune with few images, with images of another distribution, and with a class list that lacks the
+target; how uniform adversarial predictions are; how alike the attacks' layer selections are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from invertune import data as datasets
+from invertune import steps, tables
+from invertune.chain import Chain, Defender, class_head, class_list, pretrained
+from invertune.evaluation import evaluated
+from invertune.generalization import Rows, changed
+from invertune.reports import grid, increases, metric_row, rates, shared_columns
+
+TASKS = (("zeroshot", 1), ("retrieval", 10))
+TITLES = {
+    "": "as in Table 1",
+    "data=few": "few images",
+    "data=other_style": "another distribution",
+    "list=without_target": "target not in the class list",
+}
+
+
+def passing_rows(chain: Chain) -> Rows:
+    """All of them as rows of the results table; every item is "extra"."""
+    return variant_rows(chain) + uniformity_rows(chain) + overlap_rows(chain)
+
+
+def variants(chain: Chain) -> dict[str, Chain]:
+    """InverTune on the same poisoned model with other data or another class list.
+
+    The experiment knows the target that it strikes from the list; the defense does not.
+    """
+    own, few = chain.settings, chain.settings.generalization
+    images = {"inversion_images": few.few_images, "heldout_images": few.few_heldout_images}
+    fewer = {
+        "data": own.data.model_copy(update=images),
+        "tuning": own.tuning.model_copy(update={"images": few.few_tuning_images}),
+    }
+    return {
+        "data=few": changed(chain, **fewer),
+        "data=other_style": replace(changed(chain), defender=Defender(style=few.other_style)),
+        "list=without_target": replace(changed(chain), defender=Defender(lacks=own.target)),
+    }
+
+
+def variant_rows(chain: Chain) -> Rows:
+    """CA and ASR of both tasks, always with the profile's evaluation images and full class list."""
+    rows: Rows = []
+    attack = chain.settings.generalization.attack
+    for (variant, other), seed in itertools.product(variants(chain).items(), chain.settings.seeds):
+        suspect = steps.poisoned(chain, attack, seed)
+        model = steps.defended(other, "invertune", attack, seed)
+        before = rates(evaluated(chain, suspect, suspect.trigger, suspect.key, seed))
+        done = evaluated(chain, model, model.trigger, suspect.key, seed)
+        base = shared_columns(chain, attack, seed, done.key, defense="invertune", variant=variant)
+        for task, k in TASKS:
+            at = {**base, "task": task, "k": k}
+            ca, asr = (rates(done)[f"{task}.{metric}.{k}"] for metric in ("ca", "asr"))
+            rows += [metric_row(at, "ca", ca), metric_row(at, "asr", asr)]
+            rows.append(metric_row(at, "ca_loss", before[f"{task}.ca.{k}"].value - ca.value))
+        if other.defender.lacks:
+            rank = similarity_rank(chain, named(other, attack, seed))
+            rows.append(metric_row(base, "similarity_rank", rank, task="zeroshot"))
+    return rows
+
+
+def named(chain: Chain, attack: str, seed: int) -> str:
+    """The class that step 1 puts first."""
+    return class_list(chain)[steps.identified(chain, attack, seed).metrics["ranking"][0]]
+
+
+def similarity_rank(chain: Chain, name: str) -> int:
+    """Place of class ``name`` (from 1) among the texts nearest to the target's, clean model.
+
+    0 for the target itself.
+    """
+    head = class_head(chain, pretrained(chain).clip)
+    similar = head @ head[chain.target]
+    similar[chain.target] = math.inf
+    return int((similar > similar[datasets.class_index(chain.settings.data, name)]).sum())
+
+
+def uniformity(counts: Tensor) -> tuple[float, float]:
+    """Entropy of predicted ``counts`` [C] over log C (1: uniform); the largest share in percent."""
+    shares = counts.double() / counts.sum()
+    entropy = float(torch.special.entr(shares).sum()) / math.log(len(counts))
+    return min(entropy, 1.0), 100 * float(shares.max())
+
+
+def uniformity_rows(chain: Chain) -> Rows:
+    """How evenly predictions spread over the classes, on nulls and attacked models (3.1).
+
+    ``perturbation=none`` are the clean images' predictions.
+    """
+    rows: Rows = []
+    for attack, seed in grid(chain, nulls=True):
+        done = steps.identified(chain, attack, seed)
+        found = increases(done)
+        counts = {"none": next(iter(found.values())).clean}
+        counts |= {kind: increase.adversarial for kind, increase in found.items()}
+        base = shared_columns(chain, attack, seed, done.key, task="zeroshot")
+        for kind, count in counts.items():
+            own = {**base, "variant": {"perturbation": kind}, "n": int(count.sum())}
+            for metric, value in zip(("entropy", "largest_share"), uniformity(count), strict=True):
+                rows.append(metric_row(own, metric, value))
+    return rows
+
+
+def overlap_rows(chain: Chain) -> Rows:
+    """Layers selected for an attack and for notebook 06's, over those of either (D.3; 1: equal)."""
+    rows: Rows = []
+    for attack, seed in grid(chain):
+        done = steps.tuned(chain, attack, seed)
+        reference = steps.tuned(chain, chain.settings.generalization.attack, seed)
+        one, two = (set(found.metrics["layers"]) for found in (done, reference))
+        base = shared_columns(chain, attack, seed, done.key)
+        rows.append(metric_row(base, "layer_overlap", len(one & two) / len(one | two)))
+    return rows
+
+
+def variant_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
+    """InverTune as in Table 1 and its variants: the class found in each seed, CA, ASR, CA loss."""
+    own, attack = chain.settings, chain.settings.generalization.attack
+    shared = {"backbone": own.backbone, "target": own.target, "attack": attack}
+    lines = []
+    for variant, other in {"": chain, **variants(chain)}.items():
+        found = [named(other, attack, seed) for seed in own.seeds]
+        line: dict[str, Any] = {"InverTune": TITLES[variant], "found": ", ".join(found)}
+        line["its rank by text"] = ", ".join(str(similarity_rank(chain, name)) for name in found)
+        for (task, k), metric in itertools.product(TASKS, ("ca", "asr", "ca_loss")):
+            where = {**shared, "task": task, "k": str(k), "variant": variant, "metric": metric}
+            title = "CA loss" if metric == "ca_loss" else tables.label("metric", metric)
+            value = _mean(results, defense="invertune", **where)
+            line[f"{tables.label('task', task)} {title}"] = value
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _mean(results: pd.DataFrame, **where: str) -> float:
+    found = tables.by_seed(results, "metric", **where)
+    return float(np.mean([v for values in found.values() for v in values])) if found else math.nan
+
+
+def uniformity_table(chain: Chain) -> pd.DataFrame:
+    """Per model: entropy (1: uniform) of clean and of adversarial predictions, largest share."""
+    frame = pd.DataFrame(uniformity_rows(chain))
+    frame["value"] = frame["value"].astype(float)
+    lines = []
+    for attack in dict.fromkeys(frame.attack):
+        own = frame[frame.attack == attack]
+        clean = own.variant == "perturbation=none"
+        entropy, share = own.metric == "entropy", own.metric == "largest_share"
+        lines.append(
+            {
+                "model": tables.label("attack", attack),
+                "entropy, clean": own[clean & entropy].value.mean(),
+                "entropy, adversarial (mean)": own[~clean & entropy].value.mean(),
+                "entropy, adversarial (lowest)": own[~clean & entropy].value.min(),
+                "largest share, clean": own[clean & share].value.max(),
+                "largest share, adversarial": own[~clean & share].value.max(),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def selection_table(chain: Chain) -> pd.DataFrame:
+    """Per attack and seed: the critical layers, and their overlap with those of BadCLIP (D.3)."""
+    return pd.DataFrame(
+        {
+            "attack": tables.label("attack", row["attack"]),
+            "seed": int(row["seed"]),
+            "critical layers": ", ".join(
+                steps.tuned(chain, row["attack"], int(row["seed"])).metrics["layers"]
+            ),
+            "overlap": float(row["value"]),
+        }
+        for row in overlap_rows(chain)
+    )
