@@ -91,7 +91,7 @@ class _Problem:
 def tune(
     clip: Clip,
     images: Tensor,
-    trigger: Trigger,
+    found: Sequence[Trigger],
     heldout: Tensor,
     heldout_labels: Tensor,
     head: Tensor,
@@ -102,7 +102,7 @@ def tune(
     """Algorithm 2 on a copy of the suspected ``clip``, which stays as it is.
 
     ``images`` [N, 3, H, W] are unlabeled clean images, of which ``settings.images`` are used;
-    ``trigger`` is the inverted one (``mask_trigger``);
+    ``found`` are the suspected triggers, the inverted one first, which images take in turn;
     ``heldout`` with ``heldout_labels`` [M] are other clean images; ``head`` [C, D] holds the unit
     class embeddings and ``target`` the identified class. Every rate of ``settings.lrs`` is run
     and measured; the returned weights are those of the state that ``choose`` takes, which looks at
@@ -114,10 +114,10 @@ def tune(
     predicted = predictions(embed_images(suspected, images), head)
     diverse = diverse_indices(predicted.cpu(), target, settings.images, seed)
     clean = to_pixels(images[diverse], clip.device)
-    triggered = triggers.apply(trigger, clean)
+    triggered = in_turn(found, clean)
     impacts, selection, neurons = locate(suspected, clean, triggered, settings, seed)
     problem = _prepare(suspected, clean, triggered, neurons, head, settings, seed)
-    measure = _measurer(suspected, problem.first, trigger, heldout, heldout_labels, head, target)
+    measure = _measurer(suspected, problem.first, found, heldout, heldout_labels, head, target)
     before = _state(0.0, 0, measure(suspected), _losses(problem, suspected, 0))
     rows = rows_to_train(suspected, neurons, settings.trainable)
     runs = [_tune_at(lr, suspected, problem, rows, measure) for lr in settings.lrs]
@@ -141,6 +141,14 @@ def tune(
         tuple(s for s, _ in measured),
         [r for _, log in runs for r in log],
     )
+
+
+def in_turn(found: Sequence[Trigger], images: Tensor) -> Tensor:
+    """Images [N, 3, H, W] in [0, 1] that take the triggers in turn, one each."""
+    triggered = images.clone()
+    for start, trigger in enumerate(found):
+        triggered[start :: len(found)] = triggers.apply(trigger, images[start :: len(found)])
+    return triggered
 
 
 def choose(
@@ -295,7 +303,7 @@ def _prepare(
 def _measurer(
     suspected: Clip,
     first: str | None,
-    trigger: Trigger,
+    found: Sequence[Trigger],
     heldout: Tensor,
     labels: Tensor,
     head: Tensor,
@@ -306,7 +314,7 @@ def _measurer(
     prefix = prefix_to(suspected, first)
     clean = batched_inputs(prefix, heldout, suspected.device)
     triggered = batched_inputs(
-        lambda pixels: prefix(triggers.apply(trigger, pixels)), heldout[others], suspected.device
+        lambda pixels: prefix(in_turn(found, pixels)), heldout[others], suspected.device
     )
 
     @torch.no_grad()

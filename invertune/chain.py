@@ -25,7 +25,7 @@ STEP_VERSIONS = {
     "identification": 2,
     "inversion": 1,
     "sweep": 1,
-    "tuning": 1,
+    "tuning": 2,
     "baseline": 1,
     "rebound": 1,
     "evaluation": 1,

@@ -249,6 +249,9 @@ def tuning_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
             for defense, title in (("none", "before"), ("invertune", "after")):
                 name = f"{task} {metric.upper()} {title}"
                 columns[name] = _column(own, defense=defense, **where)
+    for defense, title in (("none", "before"), ("invertune", "after")):
+        name = f"perturbation's ASR {title}"
+        columns[name] = _column(own, defense=defense, metric="universal_asr")
     found = {
         a: steps.tuned(chain, a, chain.settings.seeds[0]) for a in chain.settings.attacks.names
     }

@@ -7,7 +7,7 @@ for the results table first, then what notebook 06 shows. Rates are in percent.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from invertune.chain import Chain, class_list
 from invertune.figures import DEFENSE_COLORS, PAGE_IN, STYLE, canvas, legend_above, percent_axis
 from invertune.models import locked_hash
 from invertune.reports import grid, metric_row, shared_columns
+from invertune.results import natural_order
 
 NOT_SHIPPED = "weights not shipped"
 Rows = list[dict[str, str]]
@@ -110,13 +111,25 @@ def case_rows(case: Case, main: Chain) -> Rows:
         rows += [{**r, "paper_item": _item(case, r)} for r in measured]
         layers = reports.layer_rows(chain, attack, seed)
         rows += layers if case.item == "table5" else [{**r, "paper_item": "extra"} for r in layers]
-        found = steps.identified(chain, attack, seed)
-        ranking = found.metrics["ranking"]
-        known = chain.target in ranking
-        rank = ranking.index(chain.target) + 1 if known else len(class_list(chain))
-        base = shared_columns(chain, attack, seed, found.key, task="zeroshot")
-        rows.append(metric_row(base, "target_rank", rank))
+        rows += _found_rows(chain, attack, seed)
     return rows
+
+
+def _found_rows(chain: Chain, attack: str, seed: int) -> Rows:
+    """The true target's rank, and whether the last layer (of however many) is critical."""
+    found, tuned = (step(chain, attack, seed) for step in (steps.identified, steps.tuned))
+    ranking = found.metrics["ranking"]
+    known = chain.target in ranking
+    rank = ranking.index(chain.target) + 1 if known else len(class_list(chain))
+    base = shared_columns(chain, attack, seed, found.key, task="zeroshot")
+    last = int(_in_depth(tuned.metrics["impacts"])[-1] in tuned.metrics["layers"])
+    layer = shared_columns(chain, attack, seed, tuned.key, variant={"layer": "last"})
+    return [metric_row(base, "target_rank", rank), metric_row(layer, "layer_selected", last)]
+
+
+def _in_depth(layers: Iterable[str]) -> list[str]:
+    """First to last: the store sorts names as text, which puts block 10 before block 2."""
+    return sorted(layers, key=lambda layer: natural_order("variant", layer))
 
 
 def _item(case: Case, row: dict[str, str]) -> str:
@@ -188,7 +201,7 @@ def layer_table(case: Case) -> pd.DataFrame:
             "impact": float(np.mean([found["impacts"][layer] for found in made])),
             "selected": f"{sum(layer in found['layers'] for found in made)} of {len(made)}",
         }
-        for layer in made[0]["impacts"]
+        for layer in _in_depth(made[0]["impacts"])
     ]
     statistics = ("threshold", "mean", "std")
     lines += [{"layer": n, "impact": float(np.mean([f[n] for f in made]))} for n in statistics]
@@ -222,6 +235,7 @@ def asr_figure(chain: Chain, results: pd.DataFrame) -> Figure:
         )
         axes[0, 0].bar_label(drawn, fmt="%.1f", fontsize=4.5, padding=1)
     axes[0, 0].set_xticks(range(len(shown)), [case.name for case in shown])
+    axes[0, 0].set_xlim(-0.5, len(shown) - 0.5)
     percent_axis(
         axes[0, 0], f"ASR (%), {tables.label('attack', chain.settings.generalization.attack)}"
     )

@@ -21,7 +21,7 @@ from invertune import steps, tables
 from invertune.chain import Chain, Defender, class_head, class_list, pretrained
 from invertune.evaluation import evaluated
 from invertune.generalization import Rows, changed
-from invertune.reports import grid, increases, metric_row, rates, shared_columns
+from invertune.reports import defense_rows, grid, increases, metric_row, rates, shared_columns
 
 TASKS = (("zeroshot", 1), ("retrieval", 10))
 TITLES = {
@@ -33,8 +33,11 @@ TITLES = {
 
 
 def passing_rows(chain: Chain) -> Rows:
-    """All of them as rows of the results table; every item is "extra"."""
-    return variant_rows(chain) + uniformity_rows(chain) + overlap_rows(chain)
+    """All of them as rows of the results table, after InverTune's own rows for comparison."""
+    attack, rows = chain.settings.generalization.attack, []
+    for seed in chain.settings.seeds:
+        rows += defense_rows(chain, "invertune", attack, seed)
+    return rows + variant_rows(chain) + uniformity_rows(chain) + overlap_rows(chain)
 
 
 def variants(chain: Chain) -> dict[str, Chain]:

@@ -42,7 +42,7 @@ def paste(images: Tensor, patch: Tensor) -> Tensor:
 
 
 def patch_start(size: int, patch: int) -> int:
-    """First row and column of a patch: 14 of 224 px from the bottom right corner (released code)."""
+    """First row and column of a patch: the released code leaves 14 of 224 px to the corner."""
     return size - round(size * 14 / 224) - patch
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from invertune.settings import Settings, SettingsError, load_settings
+from invertune.settings import BadClip, Settings, SettingsError, changed, compared, load_settings
 
 RATES = Path(__file__).resolve().parent.parent / "expected" / "rates.json"
 CONTROLS = 2  # the clean model and the clean model fine-tuned without poison (the nulls)
@@ -81,8 +81,7 @@ def planned(settings: Settings) -> list[Work]:
     ]
     work.append(Work("01_attacks", "clean_finetuned", seeds, _passes(attacks.badnet), "finetune"))
     if "badclip" in attacks.names:
-        badclip = attacks.badclip
-        patch = badclip.patch_steps * badclip.batch // 2  # half batches, as BadCLIP's 64 to 128
+        patch = _patch_passes(attacks.badclip)
         work.append(Work("01_attacks", "badclip patch", seeds, patch, "badclip_patch"))
     passes = invertune_passes(settings)
     own, rebound = settings.baselines, settings.rebound
@@ -105,7 +104,57 @@ def planned(settings: Settings) -> list[Work]:
             for section in (getattr(own, name),)
         ),
         Work("05_baselines", "rebound", again, _passes(rebound), "finetune"),
+        *_generalization(settings),
+        *_ablations(settings),
     ]
+
+
+def _generalization(settings: Settings) -> list[Work]:
+    """Notebook 06, at most: a backbone without weights is left out, equal models are shared."""
+    notebook, own, seeds = "06_generalization", settings.generalization, len(settings.seeds)
+    models = seeds * (len(own.targets) + len(own.backbones))
+    attack = getattr(settings.attacks, own.attack)
+    work = [Work(notebook, own.attack, models, _passes(attack), "finetune")]
+    if own.attack == "badclip":
+        work.append(Work(notebook, "badclip patch", models, _patch_passes(attack), "badclip_patch"))
+    rates = {"perturbations": "identification", "tuning": "tuning"}
+    for step, exposures in invertune_passes(settings).items():
+        runs = models + 3 * seeds  # few images, another style, target not in the class list
+        work.append(Work(notebook, step, runs, exposures, rates.get(step, "inversion")))
+    for name in (defense for defense in own.defenses if defense != "invertune"):
+        section = getattr(settings.baselines, name)
+        tried = min(len(section.lrs), own.baseline_lrs)
+        work.append(Work(notebook, name, models, tried * _passes(section), name))
+    return work
+
+
+def _patch_passes(badclip: BadClip) -> int:
+    """Image passes of BadCLIP's patch: half batches, as its own 64 to 128."""
+    return badclip.patch_steps * badclip.batch // 2
+
+
+def _ablations(settings: Settings) -> list[Work]:
+    """Notebook 07: one value changed at a time; the profile's own values cost nothing."""
+    own, weights = settings.ablations, [f"lambda{i}" for i in (1, 2, 3, 4)]
+    switches = [name for name in type(own.inversion).model_fields if name not in weights]
+    forms = [name for name in type(own.tuning).model_fields if name != "beta"]
+    parts = [
+        ("loss weights", own.weight_attacks, "inversion", weights),
+        ("beta", own.beta_attacks, "tuning", ["beta"]),
+        ("inversion forms", own.switch_attacks, "inversion", switches),
+        ("tuning forms", own.switch_attacks, "tuning", forms),
+    ]
+    work = []
+    for step, attacks, section, names in parts:
+        cases = [(name, v) for name in names for v in compared(settings, section, name)[1:]]
+        passes = sum(invertune_passes(changed(settings, section, *c))[section] for c in cases)
+        runs = len(settings.seeds) * len(set(settings.attacks.names) & set(attacks))
+        work.append(Work("07_ablations", step, runs, passes, section))
+    runs = len(settings.seeds) * len(set(settings.attacks.names) & set(own.perturbation_attacks))
+    passes = (
+        2 * invertune_passes(settings)["tuning"]
+    )  # either trigger alone, or both: one is its own
+    return [*work, Work("07_ablations", "perturbation", runs, passes, "tuning")]
 
 
 def invertune_passes(settings: Settings) -> dict[str, int]:

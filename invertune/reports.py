@@ -232,7 +232,21 @@ def tuning_rows(chain: Chain) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     for attack, seed in grid(chain):
         rows += defense_rows(chain, "invertune", attack, seed)
+        rows += _universal_rows(chain, attack, seed)
         rows += layer_rows(chain, attack, seed)
+    return rows
+
+
+def _universal_rows(chain: Chain, attack: str, seed: int) -> list[dict[str, str]]:
+    """ASR of step 1's perturbation before and after tuning: what a defender can see."""
+    trigger, source = steps.universal_trigger(chain, attack, seed)
+    rows = []
+    for defense in ("none", "invertune"):
+        model = steps.defended(chain, defense, attack, seed)
+        done = evaluated(chain, model, trigger, source, seed)
+        base = shared_columns(chain, attack, seed, done.key, defense=defense)
+        asr = rates(done)["zeroshot.asr.1"]
+        rows.append(metric_row(base, "universal_asr", asr, task="zeroshot", k=1))
     return rows
 
 

@@ -35,6 +35,7 @@ METRICS = {
     "asr": "percent",  # attack success rate without images of the target class
     "asr_all": "percent",  # the same over all images
     "inverted_asr": "percent",  # ASR of the inverted trigger on the suspected model
+    "universal_asr": "percent",  # ASR of step 1's perturbation
     "rebound_asr": "percent",  # ASR after benign fine-tuning of the defended model
     "rebound_ca": "percent",
     "ca_loss": "points",  # defense none: clean model's CA minus this; else undefended CA minus this

@@ -160,6 +160,7 @@ class Inversion(Section):
 class Tuning(Section):
     """Step 3 (paper, section 3.3, algorithm 2)."""
 
+    triggers: Annotated[tuple[Literal["inverted", "universal"], ...], Field(min_length=1)]
     beta: Weight
     lrs: tuple[Rate, ...]
     steps: Count
@@ -270,7 +271,8 @@ class TuningChanges(Section):
     images: tuple[Count, ...]
     layer_rule: tuple[Literal["mean_plus_std", "top3"], ...]
     neuron: tuple[Literal["channel", "unit"], ...]
-    trainable: tuple[Literal["critical_rows", "critical_layers", "all_visual"], ...]
+    clusters: tuple[Annotated[int, Field(ge=2)], ...]
+    trainable: tuple[Literal["critical_rows", "all_visual"], ...]
     align_form: tuple[Literal["squared", "ratio"], ...]
     preserve_form: tuple[Literal["similarity", "feature"], ...]
     bn_mode: tuple[Literal["eval", "train"], ...]

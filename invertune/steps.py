@@ -22,9 +22,10 @@ from invertune import data as datasets
 from invertune import triggers
 from invertune.activation_tuning import tune
 from invertune.attacks import ATTACKS, Victim
-from invertune.baselines import defend
+from invertune.baselines import BASELINES, defend
 from invertune.chain import NULLS, Chain, Model, class_head, pool, pretrained
 from invertune.models import embed_images, set_state
+from invertune.perturbations import as_trigger
 from invertune.store import Artifact
 from invertune.target_identification import identify
 from invertune.training import Recipe, finetune
@@ -189,25 +190,17 @@ def inverted_trigger(chain: Chain, artifact: Artifact) -> Trigger:
 
 @functools.lru_cache(maxsize=128)
 def tuned(chain: Chain, attack: str, seed: int) -> Artifact:
-    """Step 3: the purified model, tuned with the inverted trigger."""
-    found = inverted(chain, attack, seed)
-    return tuned_with(chain, attack, seed, inverted_trigger(chain, found), found.key)
-
-
-def tuned_with(chain: Chain, attack: str, seed: int, trigger: Trigger, source: str) -> Artifact:
-    """Step 3 with a given ``trigger``, of the artifact with key ``source``.
-
-    Metrics: impacts, selection, the chosen rate, its log.
-    """
+    """Step 3: the purified model; metrics: impacts, selection, the chosen rate, its log."""
     suspect, own = poisoned(chain, attack, seed), chain.settings
     target = suspected_target(chain, attack, seed)
+    sources = [_SUSPECTED[name](chain, attack, seed) for name in own.tuning.triggers]
 
     def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         heldout = pool(chain, "heldout")
         result = tune(
             suspect.clip,
             pool(chain, "inversion").images,
-            trigger,
+            [trigger for trigger, _ in sources],
             heldout.images,
             heldout.labels,
             class_head(chain, suspect.clip),
@@ -235,7 +228,25 @@ def tuned_with(chain: Chain, attack: str, seed: int, trigger: Trigger, source: s
         "pool": own.data.inversion_images,
         "heldout": own.data.heldout_images,
     }
-    return chain.run("tuning", keyed, [suspect.key, source], compute, seed, attack)
+    keys = [suspect.key, *(key for _, key in sources)]
+    return chain.run("tuning", keyed, keys, compute, seed, attack)
+
+
+def universal_trigger(chain: Chain, attack: str, seed: int) -> tuple[Trigger, str]:
+    """Step 1's perturbation that drives most images to the suspected target, and its key."""
+    found, target = identified(chain, attack, seed), suspected_target(chain, attack, seed)
+    counts = {k: c["adversarial"][target] for k, c in found.metrics["increases"].items()}
+    kind = max(counts, key=lambda name: counts[name])
+    tensor = found.tensors("perturbations")[kind].to(chain.device)
+    return as_trigger(kind, tensor, chain.settings.data.image_size_px), found.key
+
+
+def _inverted(chain: Chain, attack: str, seed: int) -> tuple[Trigger, str]:
+    artifact = inverted(chain, attack, seed)
+    return inverted_trigger(chain, artifact), artifact.key
+
+
+_SUSPECTED = {"inverted": _inverted, "universal": universal_trigger}
 
 
 @functools.lru_cache(maxsize=128)
@@ -266,12 +277,12 @@ def baseline(chain: Chain, defense: str, attack: str, seed: int) -> Artifact:
             "log": result.log,
         }
 
-    every = own.model_dump(mode="json")
-    shared = {k: v for k, v in every.items() if not isinstance(v, dict)}
+    others = {"names", *BASELINES} - {defense}
+    shared = own.model_dump(mode="json", exclude=others)
     keyed = {
         "defense": defense,
+        **shared.pop(defense),
         **shared,
-        **every[defense],
         "heldout": chain.settings.data.heldout_images,
     }
     return chain.run("baseline", keyed, [suspect.key], compute, seed, f"{defense} on {attack}")

@@ -38,7 +38,13 @@ LABELS = {
         "par": "PAR",
         "invertune": "InverTune",
     },
-    "metric": {"ca": "CA", "asr": "ASR", "inverted_asr": "Inverted ASR"},
+    "metric": {
+        "ca": "CA",
+        "asr": "ASR",
+        "inverted_asr": "Inverted ASR",
+        "mask_l1": "Mask L1",
+        "ssim": "SSIM",
+    },
     "task": {"zeroshot": "Zero-shot", "retrieval": "Retrieval"},
 }
 

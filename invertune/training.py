@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from invertune.models import Clip, normalize, to_pixels
@@ -70,7 +71,8 @@ def fit(
 
     ``loss_at(step)`` returns named scalars; "loss" is minimized and all of them are logged. With
     ``checkpoint`` (a safetensors path) the loop goes on where a killed run stopped. Returns the
-    log, a row per ``log_every`` steps. Raises ``TrainingError`` at the first loss not finite.
+    log, a row per ``log_every`` steps. Raises ``TrainingError`` at the first loss or
+    gradient that is not finite, before it reaches the weights or the checkpoint.
     """
     parameters = {n: p for n, p in net.named_parameters() if p.requires_grad}
     groups: list[dict[str, Any]] = [
@@ -86,12 +88,13 @@ def fit(
             group["lr"] = recipe.rate(step)
         optimizer.zero_grad(set_to_none=True)
         terms = loss_at(step)
-        if not torch.isfinite(terms["loss"]):
-            raise TrainingError(
-                f"{label}: the loss is {terms['loss'].item()} at step {step} of "
-                f"{recipe.steps}; lower lr (now {recipe.lr:g})"
-            )
         terms["loss"].backward()
+        slope = get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+        if not (torch.isfinite(terms["loss"]) and torch.isfinite(slope)):
+            raise TrainingError(
+                f"{label}: the loss is {terms['loss'].item()} and the norm of its gradient "
+                f"{slope.item()} at step {step} of {recipe.steps}; lower lr (now {recipe.lr:g})"
+            )
         optimizer.step()
         if step % log_every == 0 or step == recipe.steps - 1:
             log.append({"step": step, **{k: v.item() for k, v in terms.items()}})

@@ -17,6 +17,7 @@ from invertune.activation_tuning import (
     align_ratio_loss,
     choose,
     diverse_indices,
+    in_turn,
     preserve_feature_loss,
     preserve_loss,
     tune,
@@ -104,7 +105,7 @@ def run(planted: SimpleNamespace, seed: int = 0, **changes) -> Tuned:
     return tune(
         planted.clip,
         planted.images[halves[0]],
-        mask_trigger(planted.mask, planted.pattern),
+        [mask_trigger(planted.mask, planted.pattern)],
         planted.images[halves[1]],
         planted.labels[halves[1]],
         planted.head,
@@ -216,6 +217,15 @@ def test_tuning_images_are_diverse_seeded_and_never_the_target():
     assert not torch.equal(rows, diverse_indices(predicted, TARGET, 8, seed=1))
     with pytest.raises(ValueError, match=r"tuning\.images = 56, but only 55"):
         diverse_indices(predicted, TARGET, 56, seed=0)
+
+
+def test_images_take_the_triggers_in_turn():
+    images = torch.zeros(5, 3, 4, 4)
+    black, white = (mask_trigger(torch.ones(3, 4, 4), torch.full((3, 4, 4), v)) for v in (0.2, 0.9))
+    means = in_turn([black, white], images).mean((1, 2, 3))
+    assert means.tolist() == pytest.approx([0.2, 0.9, 0.2, 0.9, 0.2])
+    assert torch.equal(in_turn([white], images), in_turn([white, white], images))
+    assert images.eq(0).all()
 
 
 @pytest.mark.parametrize("backbone", ["RN50", "ViT-B-32"])

@@ -293,7 +293,7 @@ def test_a_loss_that_is_not_finite_names_the_setting_and_keeps_the_last_state(
     with pytest.raises(TrainingError) as caught:
         BASELINES["ft"](case.clip, case.pairs, quick(lrs=(1.0,)), 1e30, 0, path)
     message = str(caught.value)
-    assert "ft at lr 1e+30: the loss is nan at step" in message
+    assert "ft at lr 1e+30: the loss is " in message and " at step " in message
     assert "in baselines.ft.lrs; " in message and "\n" not in message
     broken = clone(case.clip)
     with torch.no_grad():

@@ -49,6 +49,7 @@ def test_shipped_claims_are_complete():
     raw = yaml.safe_load(CLAIMS.read_text())
     assert len(claims) == len(raw) == len({claim.id for claim in claims})
     groups = {"attacks", "identification", "inversion", "tuning", "table1"}
+    groups |= {"generalization", "ablations"}
     assert {claim.id.split(".")[0] for claim in claims} == groups
     assert all(claim.text and claim.source for claim in claims)
     assert len(load_claims("table1")) == 7
@@ -60,7 +61,14 @@ def test_the_papers_own_numbers_pass_and_what_it_does_not_give_is_untested():
     verdicts = judge(load_claims(), PAPER).set_index("id")["verdict"].to_dict()
     given = """attacks.asr identification.target_first tuning.final_asr tuning.layer4_first
         tuning.layer4_selected table1.asr_lowest_zeroshot table1.asr_lowest_retrieval
-        table1.asr_lowest_columns table1.ca_first_or_second"""
+        table1.asr_lowest_columns table1.ca_first_or_second generalization.target_asr
+        generalization.target_asr_lowest generalization.target_ca_highest
+        generalization.target_vulnerable generalization.backbone_asr
+        generalization.backbone_asr_lowest generalization.backbone_ca
+        generalization.rn101_layer4 ablations.lambda1_low ablations.lambda2_sweet_spot
+        ablations.lambda2_high ablations.lambda3_best ablations.lambda3_high
+        ablations.lambda4_high ablations.inversion_needed ablations.perturbation_fails
+        ablations.inversion_keeps_accuracy ablations.inversion_top10 ablations.beta_zero"""
     tested = {name: verdict for name, verdict in verdicts.items() if verdict != "UNTESTED"}
     assert tested == dict.fromkeys(given.split(), "HOLDS")
 

@@ -100,5 +100,17 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_setting() -> None:
     def loss_at(step: int) -> dict[str, Tensor]:
         return {"loss": net(inputs).mean() * (math.nan if step == 4 else 1)}
 
-    with pytest.raises(TrainingError, match=r"nan at step 4 of 10; lower lr \(now 0.1\)"):
+    with pytest.raises(TrainingError, match=r"is nan .* at step 4 of 10; lower lr \(now 0.1\)"):
         fit(net, loss_at, Recipe(10, 0.1))
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights() -> None:
+    net = torch.nn.Linear(2, 1)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+
+    def loss_at(step: int) -> dict[str, torch.Tensor]:
+        return {"loss": (net.weight * 0).sum().sqrt()}  # 0, with an infinite slope
+
+    with pytest.raises(TrainingError, match=r"loss is 0.0 and the norm of its gradient"):
+        fit(net, loss_at, Recipe(2, 0.1))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())

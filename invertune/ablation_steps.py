@@ -1,0 +1,132 @@
+"""The steps that only ablations need: sweeps of loss weights, other triggers, lighter scores.
+
+A changed setting that equals the profile's own finds the main chain's artifact. The other values of
+a loss weight run as one batch: they see the same images and share all that is not their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from invertune import metrics, steps, triggers
+from invertune.chain import Chain, Model, class_head, pool
+from invertune.evaluation import RECALL_KS
+from invertune.kernels import ssim_statistics, ssim_with
+from invertune.metrics import Rate
+from invertune.models import embed_images, to_pixels
+from invertune.settings import changed, compared
+from invertune.store import Artifact
+from invertune.trigger_inversion import Run
+from invertune.triggers import Trigger
+
+WEIGHTS = ("lambda1", "lambda2", "lambda3", "lambda4")
+Tensors = dict[str, dict[str, Tensor]]
+
+
+def with_value(chain: Chain, section: str, name: str, value: Any) -> Chain:
+    """The chain with one setting changed; its store is the same, so what is equal is found."""
+    return replace(chain, settings=changed(chain.settings, section, name, value))
+
+
+def swept(chain: Chain, attack: str, seed: int, weight: str) -> Artifact:
+    """The triggers inverted with the other values of one loss weight, stacked in their order.
+
+    A step of its own, not K inversions: in a batch a run differs from itself alone by rounding.
+    """
+    suspect, own = steps.poisoned(chain, attack, seed), chain.settings
+    target = steps.suspected_target(chain, attack, seed)
+    values = list(compared(own, "inversion", weight)[1:])
+    base = Run.of(target, own.inversion)
+
+    def compute(_: Path) -> tuple[Tensors, dict[str, Any]]:
+        runs = [replace(base, **{weight: value}) for value in values]
+        found = steps.invert(chain, suspect, runs, seed)
+        parts = {"mask": [r.mask for r in found], "pattern": [r.pattern for r in found]}
+        tensors = {name: torch.stack(part).cpu() for name, part in parts.items()}
+        return {"triggers": tensors}, {"runs": [steps.inversion_metrics(r) for r in found]}
+
+    keyed = {
+        **own.inversion.model_dump(mode="json"),
+        weight: values,
+        "target": target,
+        "images": own.data.inversion_images,
+        "heldout": own.data.heldout_images,
+    }
+    return chain.run("sweep", keyed, [suspect.key], compute, seed, f"of {weight} on {attack}")
+
+
+def inversions(
+    chain: Chain, attack: str, seed: int, name: str
+) -> list[tuple[Artifact, tuple[Any, ...]]]:
+    """Step 2 at every compared value of a setting: artifacts, each with the values that it holds.
+
+    The target is the one that step 1 found with the profile's own settings.
+    """
+    own, *others = compared(chain.settings, "inversion", name)
+    target = steps.suspected_target(chain, attack, seed)
+    found = [(steps.inverted(chain, attack, seed, target), (own,))]
+    if name in WEIGHTS:
+        return [*found, (swept(chain, attack, seed, name), tuple(others))] if others else found
+    for value in others:
+        other = with_value(chain, "inversion", name, value)
+        found.append((steps.inverted(other, attack, seed, target), (value,)))
+    return found
+
+
+def found_triggers(chain: Chain, artifact: Artifact) -> list[tuple[Trigger, dict[str, Any]]]:
+    """The triggers of one inversion or of one sweep, each with what is kept of it."""
+    if "runs" not in artifact.metrics:
+        return [(steps.inverted_trigger(chain, artifact), artifact.metrics)]
+    stacked = artifact.tensors("triggers")
+    pairs = zip(stacked["mask"], stacked["pattern"], strict=True)
+    made = [triggers.mask_trigger(m.to(chain.device), t.to(chain.device)) for m, t in pairs]
+    return list(zip(made, artifact.metrics["runs"], strict=True))
+
+
+def scored(
+    chain: Chain, model: Model, placed: Sequence[Trigger], source: str, seed: int
+) -> Artifact:
+    """Zero-shot CA of a model at every k, and per trigger its ASR at every k and mean SSIM.
+
+    ``source`` is the key of the triggers' artifact. The same rates as ``evaluated``, which adds
+    retrieval: what an ablation does not need.
+    """
+
+    def compute(_: Path) -> tuple[Tensors, dict[str, Any]]:
+        own, head = pool(chain, "evaluation"), class_head(chain, model.clip)
+        clean = embed_images(model.clip, own.images)
+        ca = {k: metrics.clean_accuracy(clean, head, own.labels, k) for k in RECALL_KS}
+        asr, ssim = [], []
+        for trigger in placed:
+            features, similar = _triggered(model, own.images, trigger)
+            rates = {
+                k: metrics.attack_success_rate(features, head, own.labels, chain.target, k)
+                for k in RECALL_KS
+            }
+            asr.append(_plain(rates))
+            ssim.append(float(similar.mean()))
+        return {}, {"ca": _plain(ca), "asr": asr, "ssim": ssim}
+
+    keyed = {"target": chain.settings.target, "images": chain.settings.data.evaluation_images}
+    return chain.run("scores", keyed, [model.key, source], compute, seed)
+
+
+def _triggered(model: Model, images: Tensor, trigger: Trigger) -> tuple[Tensor, Tensor]:
+    """Features [N, D] of the triggered images and their SSIM [N] to the clean ones."""
+    features, similar = [], []
+    for part in images.split(256):
+        clean = to_pixels(part, model.clip.device)
+        placed = triggers.apply(trigger, clean)
+        features.append(embed_images(model.clip, placed))
+        similar.append(ssim_with(placed[None], clean, ssim_statistics(clean))[0])
+    return torch.cat(features), torch.cat(similar)
+
+
+def _plain(rates: dict[int, Rate]) -> dict[str, list[float]]:
+    return {str(k): [r.value, r.n, r.low, r.high] for k, r in rates.items()}

@@ -1,0 +1,190 @@
+"""Ablations: complete rows, one changed setting per key, and scores equal to the main chain's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+import pytest
+import torch
+
+from invertune import ablation_figures, ablations, steps, triggers
+from invertune.ablation_steps import found_triggers, inversions, scored, swept, with_value
+from invertune.chain import Chain, open_chain
+from invertune.evaluation import evaluated
+from invertune.kernels import compose
+from invertune.perturbations import as_trigger, paste
+from invertune.plan import planned
+from invertune.results import read_results, to_frame
+from invertune.settings import changed, compared, load_settings
+from invertune.store import entries
+
+QUICK = {
+    "attacks": {"names": ["blended"], "blended": {"steps": 3}},
+    "data": {"heldout_images": 105, "evaluation_images": 105, "retrieval_images": 20},
+    "identification": {"kinds": ["patch_feature"], "candidates": 1, "steps": 1, "batch": 8},
+    "inversion": {"steps": 2, "measure_every_steps": 1, "batch": 8},
+    "tuning": {"steps": 2, "measure_every_steps": 1, "images": 8, "batch": 8},
+    "ablations": {
+        "perturbation_attacks": ["blended"],
+        "beta_attacks": ["blended"],
+        "switch_attacks": ["blended"],
+        "inversion": {"lambda4": [0.05, 0.01, 0.1], "steps": [3]},
+        "tuning": {"beta": [0], "images": []},
+    },
+}
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    return open_chain(load_settings("smoke", QUICK), tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def table2_rows(chain: Chain) -> pd.DataFrame:
+    own = chain.settings.ablations
+    rows = ablations.inversion_rows(chain, own.weight_attacks, ablations.WEIGHTS, "table2")
+    return to_frame(rows)
+
+
+def test_own_values_come_first_and_once(chain: Chain) -> None:
+    assert compared(chain.settings, "inversion", "lambda4") == (0.01, 0.05, 0.1)
+    assert ablations.variants(chain, "inversion", ("lambda1", "lambda4")) == [
+        "lambda4=0.01",
+        "lambda4=0.05",
+        "lambda4=0.1",
+    ]
+    assert ablations.variant("lrs", (0.001, 0.003)) == "lrs=0.001/0.003"
+
+
+def test_only_a_changed_setting_has_another_key(chain: Chain) -> None:
+    target = steps.suspected_target(chain, "blended", 0)
+    own = steps.inverted(chain, "blended", 0)
+    same = with_value(chain, "inversion", "mask_init", "uniform")
+    other = with_value(chain, "inversion", "mask_init", "ones")
+    assert steps.inverted(same, "blended", 0, target).key == own.key
+    found = inversions(chain, "blended", 0, "emb_reference")
+    assert [values for _, values in found] == [("clean",), ("target_image",)]
+    assert found[0][0].key == own.key != found[1][0].key
+    assert [a.meta["step"] for a in entries(chain.store)].count("identification") == 1
+    assert other.settings == changed(chain.settings, "inversion", "mask_init", "ones")
+    assert other.settings.tuning == chain.settings.tuning
+
+
+def test_a_sweep_holds_one_trigger_per_value_as_if_each_ran_alone(chain: Chain) -> None:
+    stored = swept(chain, "blended", 0, "lambda4")
+    found = found_triggers(chain, stored)
+    target = steps.suspected_target(chain, "blended", 0)
+    for (trigger, kept), value in zip(found, (0.05, 0.1), strict=True):
+        other = with_value(chain, "inversion", "lambda4", value)
+        alone = steps.inverted(other, "blended", 0, target)
+        assert alone.key != stored.key and alone.metrics["step"] == kept["step"]
+        assert kept["states"][-1]["mask_l1"] == pytest.approx(
+            alone.metrics["states"][-1]["mask_l1"], rel=1e-3
+        )
+        mask = alone.tensors("trigger")["mask"]
+        assert (mask - trigger.tensors["mask"].cpu()).abs().gt(1e-4).float().mean() < 0.01
+
+
+def test_table2_has_a_row_per_attack_weight_and_metric(
+    chain: Chain, table2_rows: pd.DataFrame
+) -> None:
+    table = table2_rows[table2_rows.paper_item == "table2"]
+    assert set(table.variant) == {"lambda4=0.01", "lambda4=0.05", "lambda4=0.1"}
+    assert set(table.metric) == {"inverted_asr", "mask_l1", "ssim"} and len(table) == 9
+    assert table[table.metric == "ssim"].value.between(-1, 1).all()
+    last = table2_rows[table2_rows.variant.str.endswith("state=last")]
+    assert len(last) == 6 and (last.paper_item == "extra").all()
+    shown = ablations.table2(chain, table2_rows)
+    assert list(shown.columns[2:]) == ["lambda4=0.01", "lambda4=0.05", "lambda4=0.1"]
+    assert not shown.isna().any().any()
+
+
+def test_the_papers_tables_can_be_shown_beside_ours() -> None:
+    mini, paper = open_chain(load_settings("mini")), read_results(ROOT / "expected" / "paper.csv")
+    table2 = ablations.table2(mini, paper)
+    assert table2.shape == (6, 2 + 16) and not table2.isna().any().any()
+    assert ablations.table3(mini, paper).shape == (8, 2 + 12)
+    names = ablations.variants(mini, "tuning", ["beta"])
+    assert set(paper[paper.paper_item == "figure6"].variant) <= set(names)
+
+
+def test_scores_are_the_evaluations_of_the_main_chain(chain: Chain) -> None:
+    model = steps.poisoned(chain, "blended", 0)
+    assert model.trigger is not None
+    rates = evaluated(chain, model, model.trigger, model.key, 0).metrics
+    found = scored(chain, model, [model.trigger], model.key, 0).metrics
+    assert found["ca"]["1"] == rates["zeroshot.ca.1"]
+    assert [found["asr"][0][k] for k in "135"] == [rates[f"zeroshot.asr.{k}"] for k in "135"]
+    values = [found["ca"][k][0] for k in ("1", "3", "5", "10")]
+    assert values == sorted(values) and found["ssim"][0] < 1
+
+
+def test_table3_compares_the_triggers_at_every_k(chain: Chain) -> None:
+    rows = to_frame(ablations.table3_rows(chain))
+    assert len(rows) == 3 * 2 * 4
+    assert set(rows.variant) == {f"trigger={name}" for name in ("inverted", "uap", "both")}
+    alone = with_value(chain, "tuning", "triggers", ("inverted",))
+    assert steps.tuned(alone, "blended", 0).key != steps.tuned(chain, "blended", 0).key
+    assert not ablations.table3(chain, rows).isna().any().any()
+    assert len(ablation_figures.table3_figure(chain, rows).axes) == 2
+
+
+def test_figure6_has_ca_and_asr_on_two_axes(chain: Chain) -> None:
+    rows = to_frame(ablations.tuning_rows(chain, ["blended"], ["beta"], "figure6"))
+    table = rows[rows.paper_item == "figure6"]
+    assert set(table.variant) == {"beta=0.5", "beta=0"} and set(table.metric) == {"ca", "asr"}
+    assert list(ablations.switch_table(chain, rows, "tuning", ["beta"])["own"]) == ["", "yes"]
+    left, right = ablation_figures.figure6(chain, rows).axes
+    assert left.get_ylabel() == "CA (%)" and right.get_ylabel() == "ASR (%)"
+
+
+def test_updates_are_the_states_of_the_longest_inversion(chain: Chain) -> None:
+    rows = to_frame(ablations.update_rows(chain))
+    assert sorted(set(rows.variant)) == ["updates=1", "updates=2", "updates=3"]
+    assert len(ablation_figures.updates_figure(chain, rows).axes) == 2
+
+
+def test_table2_figure_has_a_panel_per_weight(chain: Chain, table2_rows: pd.DataFrame) -> None:
+    figure = ablation_figures.table2_figure(chain, table2_rows)
+    assert isinstance(figure, matplotlib.figure.Figure) and len(figure.axes) == 4
+    lines = figure.axes[3].lines
+    assert [len(line.get_xdata()) for line in lines if len(line.get_xdata())] == [3]
+
+
+def test_perturbation_shares_come_from_step_1(chain: Chain) -> None:
+    frame, rows = ablations.perturbation_table(chain), to_frame(ablations.perturbation_rows(chain))
+    kinds = chain.settings.identification.kinds
+    assert len(frame) == 3 * len(kinds) and set(frame["perturbation"]) == set(kinds)
+    target = rows[rows.variant.str.startswith(f"class={chain.settings.target};")]
+    assert sorted(target.value) == pytest.approx(sorted(frame["to the target (%)"]))
+    found = set(zip(rows.attack, rows.variant, strict=True))
+    assert len(found) == len(rows)
+
+
+@pytest.mark.parametrize("kind", ["patch_feature", "ball_prediction", "fourier"])
+def test_a_perturbation_as_a_trigger_does_the_same(kind: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 32, 32, generator=draw)
+    tensor = torch.rand(3, 5, 5, generator=draw) if kind == "patch_feature" else images[0] - 0.5
+    placed = triggers.apply(as_trigger(kind, tensor, 32), images)
+    wanted = paste(images, tensor) if kind == "patch_feature" else (images + tensor).clamp(0, 1)
+    assert torch.equal(placed, wanted)
+
+
+def test_a_trigger_read_from_a_sweep_composes_as_equation_2(chain: Chain) -> None:
+    trigger, _ = found_triggers(chain, swept(chain, "blended", 0, "lambda4"))[0]
+    images = torch.rand(2, 3, 64, 64)
+    mask, pattern = trigger.tensors["mask"], trigger.tensors["pattern"]
+    expected = compose(images, mask[None], pattern[None])[0]
+    torch.testing.assert_close(triggers.apply(trigger, images), expected)
+
+
+def test_the_plan_counts_every_changed_value_once() -> None:
+    work = {w.step: w.total for w in planned(load_settings("mini")) if w.notebook == "07_ablations"}
+    assert work["loss weights"] == 6 * 12 * 200 * 64
+    own = load_settings("mini").tuning
+    tuning = own.steps * own.batch * len(own.lrs)
+    assert work["perturbation"] == 6 * 2 * tuning and work["beta"] == 5 * tuning
