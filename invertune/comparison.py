@@ -19,7 +19,7 @@ from invertune.chain import Chain
 from invertune.evaluation import evaluated
 from invertune.figures import COLUMN_IN, DEFENSE_COLORS, PAGE_IN, STYLE, canvas, percent_axis
 from invertune.plan import invertune_passes
-from invertune.reports import defense_rows, grid, metric_row, rates, shared_columns
+from invertune.reports import defense_rows, grid, mean, metric_row, own_rows, rates, shared_columns
 from invertune.store import Artifact
 
 TASKS = (("zeroshot", "1"), ("retrieval", "10"))
@@ -74,32 +74,26 @@ def rebound_rows(chain: Chain) -> list[dict[str, str]]:
 
 def table1(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """Table 1: a line per task and defense, CA and ASR per attack (means over seeds)."""
-    rows = results[(results.paper_item == "table1") & results.metric.isin(["ca", "asr"])]
-    own = chain.settings
-    rows = rows[(rows.backbone == own.backbone) & (rows.target == own.target)]
+    rows = own_rows(chain, results)
+    rows = rows[(rows.paper_item == "table1") & rows.metric.isin(["ca", "asr"])]
     return tables.wide(rows, ["task", "defense"], ["attack", "metric"])
 
 
 def summary_table(chain: Chain, results: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
     """Per defense: mean ASR and CA loss over the attacks, the paper's mean ASR, and the costs."""
-    lines = []
+    lines, results = [], own_rows(chain, results)
     for defense in defenses(chain):
         line: dict[str, Any] = {"defense": tables.label("defense", defense)}
         for task, k in TASKS:
             where = {"defense": defense, "task": task, "k": k, "variant": ""}
             title = tables.label("task", task)
-            line[f"{title} ASR"] = _mean(results, metric="asr", paper_item="table1", **where)
-            line[f"{title} ASR (paper)"] = _mean(paper, metric="asr", paper_item="table1", **where)
-            line[f"{title} CA loss"] = _mean(results, metric="ca_loss", **where)
+            line[f"{title} ASR"] = mean(results, metric="asr", paper_item="table1", **where)
+            line[f"{title} ASR (paper)"] = mean(paper, metric="asr", paper_item="table1", **where)
+            line[f"{title} CA loss"] = mean(results, metric="ca_loss", **where)
         for metric in ("images_available", "images_seen"):
-            line[metric.replace("_", " ")] = _mean(results, metric=metric, defense=defense)
+            line[metric.replace("_", " ")] = mean(results, metric=metric, defense=defense)
         lines.append(line | costs(chain, defense))
     return pd.DataFrame(lines)
-
-
-def _mean(rows: pd.DataFrame, **where: str) -> float:
-    found = tables.by_seed(rows, "defense", **where)
-    return float(np.mean([v for values in found.values() for v in values])) if found else np.nan
 
 
 def costs(chain: Chain, defense: str) -> dict[str, float]:
@@ -137,9 +131,10 @@ def rate_table(chain: Chain) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def rebound_table(results: pd.DataFrame) -> pd.DataFrame:
+def rebound_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """Zero-shot CA and ASR after benign fine-tuning, a line per defense."""
-    rows = results[results.metric.isin(["rebound_ca", "rebound_asr"]) & (results.k == "1")]
+    rows = own_rows(chain, results)
+    rows = rows[rows.metric.isin(["rebound_ca", "rebound_asr"]) & (rows.k == "1")]
     return tables.wide(rows, ["defense"], ["attack", "metric"])
 
 
@@ -152,7 +147,7 @@ def table1_figure(chain: Chain, results: pd.DataFrame) -> Figure:
         for chart, (metric, title, top) in zip(
             line, (("asr", "ASR (%)", 100), ("ca_loss", "CA loss (points)", 10)), strict=True
         ):
-            values = _by_attack(chain, results, metric=metric, **where)
+            values = _by_attack(chain, own_rows(chain, results), metric=metric, **where)
             sns.heatmap(
                 values,
                 ax=chart,
@@ -175,7 +170,7 @@ def _by_attack(chain: Chain, results: pd.DataFrame, **where: Any) -> pd.DataFram
     names = chain.settings.attacks.names
     table = {
         tables.label("defense", defense): {
-            tables.label("attack", attack): _mean(
+            tables.label("attack", attack): mean(
                 results, **{**where, "defense": defense, "attack": attack}
             )
             for attack in names
@@ -189,12 +184,13 @@ def _by_attack(chain: Chain, results: pd.DataFrame, **where: Any) -> pd.DataFram
 def rebound_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """Zero-shot ASR of each defense right after it and after benign fine-tuning."""
     names = [a for a in chain.settings.attacks.names if a in chain.settings.rebound.attacks]
+    results = own_rows(chain, results)
     figure, axes = canvas(1, len(names), COLUMN_IN * max(1, len(names)), 1.9, sharey=True)
     for chart, attack in zip(axes[0], names, strict=True):
         shared = {"attack": attack, "task": "zeroshot", "k": "1", "variant": ""}
         for place, defense in enumerate(defenses(chain)):
-            after = _mean(results, metric="asr", paper_item="table1", defense=defense, **shared)
-            later = _mean(results, metric="rebound_asr", defense=defense, **shared)
+            after = mean(results, metric="asr", paper_item="table1", defense=defense, **shared)
+            later = mean(results, metric="rebound_asr", defense=defense, **shared)
             color = DEFENSE_COLORS[defense]
             drawn = chart.bar([place - 0.2], [after], 0.38, color=color)
             drawn_later = chart.bar([place + 0.2], [later], 0.38, color=color, hatch="////")

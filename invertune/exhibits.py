@@ -15,20 +15,9 @@ from invertune import figures, image_figures, steps, tables, triggers
 from invertune.chain import NULLS, Chain, Model, class_head
 from invertune.image_figures import Example
 from invertune.models import embed_images, to_pixels
-from invertune.reports import increases, largest_increases
+from invertune.reports import increases, largest_increases, own_rows
 from invertune.target_identification import ranked_increases
 from invertune.triggers import Trigger
-
-
-def _own(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
-    """The rows of this profile, backbone, target and of the seeds asked for."""
-    own, seeds = chain.settings, [str(s) for s in chain.settings.seeds]
-    return results[
-        (results.profile == own.profile)
-        & (results.backbone == own.backbone)
-        & (results.target == own.target)
-        & results.seed.isin(seeds)
-    ]
 
 
 def _column(results: pd.DataFrame, **where: str | Sequence[str]) -> pd.Series:
@@ -48,7 +37,7 @@ def _by_attack(
 
 def gate_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """Per attack: CA, ASR with its floors, and whether the gate is passed in every seed."""
-    own, gate = _own(chain, results), chain.settings.attacks
+    own, gate = own_rows(chain, results), chain.settings.attacks
     where = {"defense": "none", "task": "zeroshot", "k": "1"}
     asr = tables.by_seed(own, "attack", metric="asr", variant="", **where)
     loss = tables.by_seed(own, "attack", metric="ca_loss", **where)
@@ -73,7 +62,7 @@ def gate_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
 
 def gate_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """ASR and CA of the poisoned models with the gate's lines."""
-    own = _own(chain, results)
+    own = own_rows(chain, results)
     where = {"defense": "none", "task": "zeroshot", "k": "1", "variant": ""}
     names = list(chain.settings.attacks.names)
     ca = tables.by_seed(own, "attack", metric="ca", **where)
@@ -134,7 +123,7 @@ def increase_table(chain: Chain, attack: str, count: int = 20) -> pd.DataFrame:
 
 def inversion_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """Per model: ASR of the true and of the inverted trigger, mask size, and its null ratio."""
-    own = _own(chain, results)
+    own = own_rows(chain, results)
     where = {"defense": "none", "task": "zeroshot"}
     return _by_attack(
         chain,
@@ -150,7 +139,7 @@ def inversion_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
 
 def figure5b(chain: Chain, results: pd.DataFrame) -> Figure:
     """Figure 5(b): ASR of original and inverted triggers, with the clean model's null."""
-    own = _own(chain, results)
+    own = own_rows(chain, results)
     inverted = tables.by_seed(own, "attack", metric="inverted_asr")
     original = tables.by_seed(own, "attack", metric="asr", paper_item="figure5")
     null = {name: inverted[name] for name in NULLS}
@@ -242,7 +231,7 @@ def layer_figure(chain: Chain) -> Figure:
 
 def tuning_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """Per attack: CA and ASR of both tasks before and after, the paper's numbers beside them."""
-    own, columns = _own(chain, results), {}
+    own, columns = own_rows(chain, results), {}
     for task, k in (("zeroshot", "1"), ("retrieval", "10")):
         for metric in ("ca", "asr"):
             where = {"task": task, "k": k, "metric": metric, "variant": "", "paper_item": "table1"}
@@ -262,7 +251,7 @@ def tuning_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
 
 def before_after_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """CA and ASR before and after InverTune, zero-shot."""
-    own = _own(chain, results)
+    own = own_rows(chain, results)
     where = {"task": "zeroshot", "k": "1", "variant": "", "paper_item": "table1"}
 
     def rates(metric: str, defense: str) -> dict[str, list[float]]:
@@ -282,7 +271,7 @@ def figure1(chain: Chain, results: pd.DataFrame) -> Figure:
     triggered = torch.from_numpy(example.image).permute(2, 0, 1)[None].to(chain.device)
     seen = [predicted_names(chain, suspect, x)[0] for x in (image, triggered)]
     where = {"task": "zeroshot", "k": "1", "variant": "", "paper_item": "table1", "metric": "asr"}
-    own = _own(chain, results)
+    own = own_rows(chain, results)
     before, after = (
         tables.by_seed(own, "attack", defense=d, **where) for d in ("none", "invertune")
     )

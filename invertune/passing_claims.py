@@ -11,7 +11,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from invertune import steps, tables
 from invertune.chain import Chain, Defender, class_head, class_list, pretrained
 from invertune.evaluation import evaluated
 from invertune.generalization import Rows, changed
-from invertune.reports import defense_rows, grid, increases, metric_row, rates, shared_columns
+from invertune.reports import defense_rows, grid, increases, mean, metric_row, rates, shared_columns
 
 TASKS = (("zeroshot", 1), ("retrieval", 10))
 TITLES = {
@@ -145,15 +144,10 @@ def variant_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
         for (task, k), metric in itertools.product(TASKS, ("ca", "asr", "ca_loss")):
             where = {**shared, "task": task, "k": str(k), "variant": variant, "metric": metric}
             title = "CA loss" if metric == "ca_loss" else tables.label("metric", metric)
-            value = _mean(results, defense="invertune", **where)
+            value = mean(results, defense="invertune", **where)
             line[f"{tables.label('task', task)} {title}"] = value
         lines.append(line)
     return pd.DataFrame(lines)
-
-
-def _mean(results: pd.DataFrame, **where: str) -> float:
-    found = tables.by_seed(results, "metric", **where)
-    return float(np.mean([v for values in found.values() for v in values])) if found else math.nan
 
 
 def uniformity_table(chain: Chain) -> pd.DataFrame:

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
 from invertune import data as datasets
-from invertune import steps
+from invertune import steps, tables
 from invertune.chain import NULLS, Chain, pretrained
 from invertune.evaluation import evaluated
 from invertune.metrics import Rate
@@ -46,11 +47,27 @@ def figures_folder(chain: Chain) -> Path:
 
 
 def record(chain: Chain, rows: Sequence[dict[str, str]]) -> pd.DataFrame:
-    """Merges rows into results.csv and their artifacts' costs into runs.csv."""
+    """Merges rows into results.csv and their artifacts' costs into runs.csv.
+
+    Returns the table's rows of the profile's seeds, those of other notebooks too.
+    """
     folder = results_folder(chain)
     keys = dict.fromkeys(r["key"] for r in rows if (chain.store / r["key"]).is_dir())
     write_runs([_run(Artifact(key, chain.store / key)) for key in keys], folder / "runs.csv")
-    return write_rows(rows, folder / "results.csv")
+    results = write_rows(rows, folder / "results.csv")
+    return results[results.seed.isin([str(seed) for seed in chain.settings.seeds])]
+
+
+def own_rows(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
+    """The rows of this profile's backbone and target: notebook 06 adds others."""
+    own = chain.settings
+    return results[(results.backbone == own.backbone) & (results.target == own.target)]
+
+
+def mean(results: pd.DataFrame, **where: str | Sequence[str]) -> float:
+    """Mean over everything that ``where`` selects (as in ``tables.by_seed``); NaN for nothing."""
+    found = tables.by_seed(results, "metric", **where)
+    return float(np.mean([v for values in found.values() for v in values])) if found else np.nan
 
 
 def _run(artifact: Artifact) -> dict[str, Any]:

@@ -232,11 +232,15 @@ def test_runs_keep_one_row_per_key(path):
         read_results(path)
 
 
-def test_publish_copies_mini_only(tmp_path):
+def test_publish_takes_the_reported_seeds_of_mini_only(tmp_path):
     source = tmp_path / "results" / "mini" / "results.csv"
+    write_rows([one(seed=0)], source)
+    with pytest.raises(ResultsError, match="rows of the development seed 0 only"):
+        publish("mini", tmp_path)
     write_rows([one(seed=s) for s in (1, 2, 3)], source)
     publish("mini", tmp_path)
-    assert (tmp_path / "expected" / "mini.csv").read_bytes() == source.read_bytes()
+    published = read_results(tmp_path / "expected" / "mini.csv")
+    assert list(published.seed) == ["1", "2", "3"]
     with pytest.raises(ResultsError, match="only mini is published, not paper"):
         publish("paper", tmp_path)
 
