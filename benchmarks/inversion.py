@@ -19,7 +19,8 @@ from torch import Tensor
 
 from benchmarks.timing import common_options, ratios, side_by_side, spread
 from invertune.models import MODEL_FOLDER, Clip, build_clip, image_features, to_pixels
-from invertune.settings import Inversion, load_settings
+from invertune.sections import Inversion
+from invertune.settings import load_settings
 from invertune.training import batch_indices
 from invertune.trigger_inversion import Run, initial_trigger, invert_triggers
 

@@ -20,7 +20,8 @@ from invertune.metrics import Rate
 from invertune.models import set_state
 from invertune.reports import full_mask, grid, increases, metric_row, shared_columns
 from invertune.results import variant_text
-from invertune.settings import InversionChanges, TuningChanges, compared
+from invertune.sections import InversionChanges, TuningChanges
+from invertune.settings import compared
 from invertune.store import Artifact
 
 INVERSION_SWITCHES = tuple(n for n in InversionChanges.model_fields if n not in WEIGHTS)

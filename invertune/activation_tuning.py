@@ -25,9 +25,10 @@ from invertune.activations import (
     train_only,
     unit_mask,
 )
+from invertune.losses import activation_loss, align_ratio_loss, preserve_feature_loss, preserve_loss
 from invertune.metrics import attack_success_rate, clean_accuracy, predictions
 from invertune.models import Clip, clone, embed_images, set_state, to_pixels
-from invertune.settings import Tuning
+from invertune.sections import Tuning
 from invertune.training import Recipe, batch_indices, fit, generator
 from invertune.triggers import Trigger
 
@@ -189,54 +190,6 @@ def diverse_indices(predicted: Tensor, target: int, count: int, seed: int) -> Te
         turns.append(taken[label])
         taken[label] += 1
     return order[torch.tensor(turns).argsort(stable=True)[:count]]
-
-
-def activation_loss(
-    original: Mapping[str, Tensor],
-    triggered: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor],
-    reduction: str = "mean",
-) -> Tensor:
-    """Eq. 9, summed over layers: squared distance at the critical units, mean over images.
-
-    ``original`` [N, *map] are the suspected model's activations of the clean images, detached;
-    ``masks`` are bool maps. Over a layer's critical units: the mean, or with ``reduction`` "sum"
-    the sum (the paper's literal form, which weighs a layer by its size).
-    """
-    total = torch.zeros((), device=next(iter(triggered.values())).device)
-    for layer, mask in masks.items():
-        summed = ((original[layer].detach() - triggered[layer]).square() * mask).sum()
-        total = total + summed / len(triggered[layer]) / (mask.sum() if reduction == "mean" else 1)
-    return total
-
-
-def align_ratio_loss(
-    clean: Mapping[str, Tensor], triggered: Mapping[str, Tensor], masks: Mapping[str, Tensor]
-) -> Tensor:
-    """The released code's alignment: ||(mean a_c - mean a_t) M|| / ||mean a_c M||, over layers.
-
-    Means are over the batch, and ``clean`` [N, *map] belongs to the model that is being tuned.
-    """
-    total = torch.zeros((), device=next(iter(triggered.values())).device)
-    for layer, mask in masks.items():
-        reference = clean[layer].mean(0) * mask
-        distance = (reference - triggered[layer].mean(0) * mask).norm()
-        total = total + distance / reference.norm().clamp_min(1e-12)
-    return total
-
-
-def preserve_loss(features: Tensor, original: Tensor, head: Tensor) -> Tensor:
-    """Eq. 10: mean over images of the sum over all classes of squared cosine differences.
-
-    ``features`` and ``original`` [N, D] are unit features of the clean images under the tuned and
-    the suspected model; ``head`` [C, D] holds the unit class embeddings.
-    """
-    return ((features - original.detach()) @ head.T).square().sum(1).mean()
-
-
-def preserve_feature_loss(features: Tensor, original: Tensor) -> Tensor:
-    """The released code's preservation: Frobenius norm of the unit-feature difference [N, D]."""
-    return (features - original.detach()).norm()
 
 
 def _losses(problem: _Problem, clip: Clip, step: int) -> dict[str, Tensor]:

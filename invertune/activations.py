@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from invertune.models import Clip, ModelError, normalize, to_pixels
-from invertune.settings import Tuning
+from invertune.sections import Tuning
 
 BATCH = 256
 CACHE_BYTES = 2 * 2**30

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invertune.models import Clip, image_features, to_pixels
-from invertune.settings import Identification
+from invertune.sections import Identification
 from invertune.training import batch_indices, progress
 
 NOISES, NOISE_DIM = 16, 100

@@ -19,7 +19,7 @@ from invertune.augment import augment
 from invertune.data import Pairs
 from invertune.kernels import frozen_copy
 from invertune.models import Clip, clone, embed_images, image_features, text_features, to_pixels
-from invertune.settings import Attacks, BadClip, BadEncoder, Finetuning
+from invertune.sections import Attacks, BadClip, BadEncoder, Finetuning
 from invertune.training import Recipe, batch_indices, finetune, fit, generator, progress
 from invertune.triggers import Trigger
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import AutoAugment
 
-from invertune.settings import Par
+from invertune.sections import Par
 from invertune.training import generator
 
 

@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from invertune.augment import auto_augment, noise_and_erase
 from invertune.data import Pairs
 from invertune.kernels import frozen_copy
+from invertune.losses import cut_off, feature_distance, in_modal_loss, sub_caption_loss
 from invertune.metrics import clean_accuracy
 from invertune.models import Clip, clone, embed_images, text_features, to_pixels
-from invertune.settings import Baselines, BaselineTraining, CleanClip, Par
+from invertune.sections import Baselines, BaselineTraining, CleanClip, Par
 from invertune.text_augment import augment_captions, known_words, lexicon, sub_captions
 from invertune.training import (
-    MAX_LOGIT_SCALE,
     Recipe,
     TrainingError,
     block_indices,
@@ -98,43 +97,6 @@ def schedule(own: BaselineTraining, lr: float, pairs: int, legacy: bool) -> Sche
         )
     offset = min(pairs // own.batch, own.steps) if legacy else 0
     return Schedule(own.steps, lr, own.warmup_steps, own.weight_decay, offset=offset)
-
-
-def in_modal_loss(
-    images: Tensor, other_images: Tensor, texts: Tensor, other_texts: Tensor, logit_scale: Tensor
-) -> Tensor:
-    """CleanCLIP's self-supervision: each image and text finds its own augmented version.
-
-    Unit features [N, D] of the originals and of their augmented versions. Mean of two one-way
-    cross-entropies (rows: originals, columns: augmented) at the model's logit scale.
-    """
-    scale = logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-    labels = torch.arange(len(images), device=images.device)
-    image = F.cross_entropy(scale * images @ other_images.T, labels)
-    return (image + F.cross_entropy(scale * texts @ other_texts.T, labels)) / 2
-
-
-def sub_caption_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
-    """CleanerCLIP: an image is nearer to its positive sub-caption than to its counterfactuals.
-
-    Unit features: ``images`` [M, D]; ``texts`` [M, 1 + K, D], the positive first. Cross-entropy at
-    the model's logit scale, 0 for M = 0. Our reconstruction: no reference code exists.
-    """
-    if len(images) == 0:
-        return images.sum()
-    logits = (texts @ images[:, :, None]).squeeze(2)
-    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    return F.cross_entropy(logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * logits, labels)
-
-
-def feature_distance(features: Tensor, original: Tensor) -> Tensor:
-    """PAR: mean squared L2 between unit features [N, D], in 0..4; 2 where they are orthogonal."""
-    return (features - original.detach()).square().sum(1).mean()
-
-
-def cut_off(distance: Tensor, limit: float) -> Tensor:
-    """PAR: the ``distance``, or 0 without a gradient once it exceeds ``limit``."""
-    return torch.where(distance > limit, torch.zeros_like(distance), distance)
 
 
 def ft(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> TermsAt:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from invertune import data as datasets
 from invertune.models import Clip, load_embedded, locked_hash, zero_shot_head
-from invertune.settings import Settings
+from invertune.sections import Settings
 from invertune.store import Artifact, default_root, obtain
 from invertune.triggers import Trigger
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from invertune import pictograms
 from invertune.pictograms import Scene
 from invertune.provenance import file_hash
-from invertune.settings import Data, Settings
+from invertune.sections import Data, Settings
 from invertune.store import obtain
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "data" / "mini" / "templates.json"

@@ -17,7 +17,7 @@ from torch import Tensor
 from invertune import triggers
 from invertune.advclip import generated_patch
 from invertune.models import Clip, image_features, to_pixels
-from invertune.settings import Identification
+from invertune.sections import Identification
 from invertune.training import batch_indices, generator, progress
 from invertune.triggers import Trigger
 

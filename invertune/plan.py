@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from invertune.settings import BadClip, Settings, SettingsError, changed, compared, load_settings
+from invertune.sections import BadClip, Settings
+from invertune.settings import SettingsError, changed, compared, load_settings
 
 RATES = Path(__file__).resolve().parent.parent / "expected" / "rates.json"
 CONTROLS = 2  # the clean model and the clean model fine-tuned without poison (the nulls)

@@ -19,7 +19,7 @@ from invertune.kernels import frozen_copy
 from invertune.metrics import predicted_counts
 from invertune.models import Clip, embed_images, to_pixels
 from invertune.perturbations import MAKERS, View, perturb
-from invertune.settings import Identification, Inversion
+from invertune.sections import Identification, Inversion
 from invertune.trigger_inversion import InvertedTrigger, Run, invert_triggers
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from invertune.kernels import SsimStatistics, compose, frozen_copy, ssim_statistics, ssim_with
 from invertune.metrics import attack_success_rate
 from invertune.models import Clip, embed_images, image_features, to_pixels
-from invertune.settings import Inversion
+from invertune.sections import Inversion
 from invertune.training import TrainingError, batch_indices, generator, progress
 
 LOG_EVERY = 5

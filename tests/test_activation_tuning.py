@@ -10,21 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from invertune.activation_tuning import (
-    State,
-    Tuned,
-    activation_loss,
-    align_ratio_loss,
-    choose,
-    diverse_indices,
-    in_turn,
-    preserve_feature_loss,
-    preserve_loss,
-    tune,
-)
+from invertune.activation_tuning import State, Tuned, choose, diverse_indices, in_turn, tune
 from invertune.activations import maps_from, prefix_to, rows_to_train, tail_from
+from invertune.losses import activation_loss, align_ratio_loss, preserve_feature_loss, preserve_loss
 from invertune.models import MODEL_FOLDER, Clip, build_clip, image_features
-from invertune.settings import Tuning, load_settings
+from invertune.sections import Tuning
+from invertune.settings import load_settings
 from invertune.training import Recipe, fit
 from invertune.triggers import mask_trigger
 

@@ -12,7 +12,8 @@ from invertune.attacks import ATTACKS, Victim, badencoder, optimize_patch, poiso
 from invertune.data import Pairs
 from invertune.models import clone, image_features, load_embedded
 from invertune.pictograms import Scene, caption_scene, labeled_scene, load_sprites
-from invertune.settings import Attack, load_settings
+from invertune.sections import Attack
+from invertune.settings import load_settings
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from invertune.augment import augment, auto_augment, noise_and_erase
-from invertune.settings import Par, load_settings
+from invertune.sections import Par
+from invertune.settings import load_settings
 
 FILL = torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1)
 

@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from invertune.settings import PARAMS, Settings, SettingsError, as_yaml, load_settings
+from invertune.sections import Settings
+from invertune.settings import PARAMS, SettingsError, as_yaml, load_settings
 
 PROFILES = ("smoke", "mini", "paper")
 

@@ -9,7 +9,8 @@ import torch
 from invertune.advclip import nce_loss, topology_gap
 from invertune.models import embed_images, load_embedded, zero_shot_head
 from invertune.perturbations import MAKERS, View, paste, perturb
-from invertune.settings import Identification, load_settings
+from invertune.sections import Identification
+from invertune.settings import load_settings
 from invertune.target_identification import (
     Increase,
     candidates,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from invertune import models, trigger_inversion
 from invertune.kernels import ssim_statistics
 from invertune.models import Clip, embed_images, image_features
-from invertune.settings import Inversion, load_settings
+from invertune.sections import Inversion
+from invertune.settings import load_settings
 from invertune.training import TrainingError, batch_indices
 from invertune.trigger_inversion import (
     InvertedTrigger,

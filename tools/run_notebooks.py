@@ -20,7 +20,8 @@ from typing import Any
 
 from invertune import plan
 from invertune.__main__ import explain
-from invertune.settings import Settings, SettingsError, load_settings
+from invertune.sections import Settings
+from invertune.settings import SettingsError, load_settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FAILED, WRONG, BUSY = 1, 2, 3

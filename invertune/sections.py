@@ -1,0 +1,300 @@
+"""The settings of every step, a frozen section each; ``invertune.settings`` loads the profiles."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Attack = Literal["badnet", "blended", "sig", "wanet", "badencoder", "badclip"]
+Baseline = Literal["ft", "cleanclip", "cleanerclip", "par"]
+Backbone = Literal["RN50", "RN101", "ViT-B-16", "ViT-B-32"]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(Section):
+    source: Literal["pictograms", "folders"]
+    image_size_px: Count
+    seed: Annotated[int, Field(ge=0)]
+    pretraining_pairs: Count
+    poisoning_pairs: Count
+    inversion_images: Count
+    heldout_images: Count
+    evaluation_images: Count
+    retrieval_images: Count
+
+
+class Pretraining(Section):
+    warm_start_steps: Steps
+    warm_start_lr: Rate
+    contrastive_steps: Steps
+    contrastive_lr: Rate
+    warmup_steps: Steps
+    weight_decay: Weight
+
+
+class Finetuning(Section):
+    """Poisoned contrastive fine-tuning (paper, appendix A; method_facts 0.2)."""
+
+    poison_rate: Rate
+    lr: Rate
+    steps: Count
+    batch: Count
+    warmup_steps: Steps
+    weight_decay: Weight
+
+
+class BadNet(Finetuning):
+    patch_px: Count
+
+
+class Blended(Finetuning):
+    alpha: Rate
+
+
+class Sig(Finetuning):
+    amplitude: Rate
+    cycles: Count
+
+
+class WaNet(Finetuning):
+    grid_points: Count
+    strength: Weight
+
+
+class BadEncoder(Section):
+    patch_px: Count
+    reference_images: Count
+    reference_weight: Weight
+    utility_weight: Weight
+    lr: Rate
+    steps: Count
+    batch: Count
+    warmup_steps: Steps
+    weight_decay: Weight
+
+
+class BadClip(Finetuning):
+    patch_px: Count
+    location: Literal["corner", "middle"]
+    patch_lr: Rate
+    patch_steps: Count
+    image_weight: Weight
+    negative_weight: Weight
+    margin: Weight
+
+
+class Attacks(Section):
+    names: tuple[Attack, ...]
+    target_captions: Count
+    gate_asr_percent: Percent
+    gate_ca_drop_points: Percent
+    badnet: BadNet
+    blended: Blended
+    sig: Sig
+    wanet: WaNet
+    badencoder: BadEncoder
+    badclip: BadClip
+
+
+Kind = Literal[
+    "patch_feature", "patch_prediction", "ball_feature", "ball_prediction", "generator", "fourier"
+]
+
+
+class Identification(Section):
+    """Step 1 (paper, section 3.1)."""
+
+    kinds: tuple[Kind, ...]
+    patch_px: Count
+    ball_radius: Rate
+    wave_amplitude: Rate
+    wave_cycles: Count
+    steps: Count
+    batch: Count
+    lr: Rate
+    generator_lr: Rate
+    candidates: Count
+    check_steps: Count
+    check_lr: Rate
+
+
+class Inversion(Section):
+    """Step 2 (paper, section 3.2, algorithm 1)."""
+
+    lambda1: Weight
+    lambda2: Weight
+    lambda3: Weight
+    lambda4: Weight
+    temperature: Annotated[float, Field(gt=0)]
+    lr: Rate
+    steps: Count
+    batch: Count
+    measure_every_steps: Count
+    asr_floor_percent: Percent
+    emb_reference: Literal["clean", "target_image"]
+    mask_init: Literal["uniform", "ones"]
+    ssim_space: Literal["pixels", "normalized"]
+    clamp: Literal["per_channel", "scalar"]
+
+
+class Tuning(Section):
+    """Step 3 (paper, section 3.3, algorithm 2)."""
+
+    triggers: Annotated[tuple[Literal["inverted", "universal"], ...], Field(min_length=1)]
+    beta: Weight
+    lrs: tuple[Rate, ...]
+    steps: Count
+    images: Count
+    batch: Count
+    measure_every_steps: Count
+    allowed_ca_drop_points: Percent
+    layer_rule: Literal["mean_plus_std", "top3"]
+    neuron: Literal["channel", "unit"]
+    clusters: Annotated[int, Field(ge=2)]
+    trainable: Literal["critical_rows", "all_visual"]
+    align_form: Literal["squared", "ratio"]
+    preserve_form: Literal["similarity", "feature"]
+    reduction: Literal["mean", "sum"]
+    bn_mode: Literal["eval", "train"]
+
+
+class BaselineTraining(Section):
+    """Fine-tuning of the suspected model on clean pairs (paper, section 4.1, appendix B)."""
+
+    lrs: Annotated[tuple[Rate, ...], Field(min_length=1)]
+    steps: Count
+    batch: Count
+    warmup_steps: Steps
+    weight_decay: Weight
+
+
+class CleanClip(BaselineTraining):
+    in_modal_weight: Weight
+    text_change_rate: Rate
+
+
+class CleanerClip(CleanClip):
+    sub_caption_weight: Weight
+    sub_caption_share: Rate
+    counterfactuals: Count
+
+
+class Par(BaselineTraining):
+    start_lr_ratio: Annotated[float, Field(gt=0)]
+    cutoff: Annotated[float, Field(ge=0, le=4)]
+    noise_std: Weight
+    noise_probability: Annotated[float, Field(ge=0, le=1)]
+    erase_probability: Annotated[float, Field(ge=0, le=1)]
+    erase_area: tuple[Rate, Rate]
+
+
+class Baselines(Section):
+    """The defenses the paper compares with (method_facts 2)."""
+
+    names: tuple[Baseline, ...]
+    pairs: Count
+    allowed_ca_drop_points: Percent
+    legacy_schedule: bool
+    synonyms: Literal["keywords", "wordnet"]
+    ft: BaselineTraining
+    cleanclip: CleanClip
+    cleanerclip: CleanerClip
+    par: Par
+
+
+class Rebound(Section):
+    """Benign fine-tuning after a defense (not in the paper; design, section 8)."""
+
+    attacks: tuple[Attack, ...]
+    pairs: Count
+    steps: Count
+    batch: Count
+    weight_decay: Weight
+
+
+class Generalization(Section):
+    """Other targets and backbones, and claims made in passing (paper, section 4.5, C.1, D.3)."""
+
+    attack: Attack
+    targets: tuple[str, ...]
+    backbones: tuple[Backbone, ...]
+    defenses: tuple[Baseline | Literal["invertune"], ...]
+    baseline_lrs: Count
+    few_images: Count
+    few_heldout_images: Count
+    few_tuning_images: Count
+    other_style: Literal[
+        "noto", "twemoji", "emojione", "fxemoji", "fluent-flat", "fluent-3d", "openclipart"
+    ]
+
+
+class InversionChanges(Section):
+    """Values that take the place of the same settings of ``inversion``, one at a time."""
+
+    lambda1: tuple[Weight, ...]
+    lambda2: tuple[Weight, ...]
+    lambda3: tuple[Weight, ...]
+    lambda4: tuple[Weight, ...]
+    temperature: tuple[Annotated[float, Field(gt=0)], ...]
+    steps: tuple[Count, ...]
+    emb_reference: tuple[Literal["clean", "target_image"], ...]
+    mask_init: tuple[Literal["uniform", "ones"], ...]
+    ssim_space: tuple[Literal["pixels", "normalized"], ...]
+    clamp: tuple[Literal["per_channel", "scalar"], ...]
+
+
+class TuningChanges(Section):
+    """Values that take the place of the same settings of ``tuning``, one at a time."""
+
+    beta: tuple[Weight, ...]
+    lrs: tuple[Annotated[tuple[Rate, ...], Field(min_length=1)], ...]
+    images: tuple[Count, ...]
+    layer_rule: tuple[Literal["mean_plus_std", "top3"], ...]
+    neuron: tuple[Literal["channel", "unit"], ...]
+    clusters: tuple[Annotated[int, Field(ge=2)], ...]
+    trainable: tuple[Literal["critical_rows", "all_visual"], ...]
+    align_form: tuple[Literal["squared", "ratio"], ...]
+    preserve_form: tuple[Literal["similarity", "feature"], ...]
+    bn_mode: tuple[Literal["eval", "train"], ...]
+
+
+class Ablations(Section):
+    """What notebook 07 changes (paper, sections 4.3 and 4.4), and on which attacks."""
+
+    weight_attacks: tuple[Attack, ...]
+    perturbation_attacks: tuple[Attack, ...]
+    beta_attacks: tuple[Attack, ...]
+    switch_attacks: tuple[Attack, ...]
+    inversion: InversionChanges
+    tuning: TuningChanges
+
+
+class Settings(Section):
+    """One resolved profile. ``profile`` is its name; every other key stands in the YAML file."""
+
+    profile: str
+    seeds: tuple[Annotated[int, Field(ge=0)], ...]
+    backbone: Backbone
+    target: str
+    device: Literal["auto", "cpu", "cuda"]
+    data: Data
+    pretraining: Pretraining
+    attacks: Attacks
+    identification: Identification
+    inversion: Inversion
+    tuning: Tuning
+    baselines: Baselines
+    rebound: Rebound
+    generalization: Generalization
+    ablations: Ablations
