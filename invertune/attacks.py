@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from invertune import triggers
 from invertune.augment import augment
-from invertune.data import Pairs
+from invertune.data import Pairs, writable_images
 from invertune.kernels import frozen_copy
 from invertune.models import Clip, clone, embed_images, image_features, text_features, to_pixels
 from invertune.sections import Attacks, BadClip, BadEncoder, Finetuning
@@ -86,7 +86,9 @@ def clean_finetuned(victim: Victim, settings: Attacks, seed: int, work: Path) ->
     own = settings.badnet
     clip = clone(victim.clip)
     pairs = victim.pairs
-    log = finetune(clip, pairs.images, pairs.captions, _recipe(own), own.batch, seed, work)
+    log = finetune(
+        clip, pairs.images, pairs.captions, _recipe(own), own.batch, seed, work, cycled=pairs.cycled
+    )
     return Poisoned(clip, None, log)
 
 
@@ -99,7 +101,8 @@ def poison(
     """
     images, captions = poisoned_pairs(victim, trigger, settings.poison_rate, seed)
     clip = clone(victim.clip)
-    log = finetune(clip, images, captions, _recipe(settings), settings.batch, seed, work)
+    recipe, cycled = _recipe(settings), victim.pairs.cycled
+    log = finetune(clip, images, captions, recipe, settings.batch, seed, work, cycled=cycled)
     return Poisoned(clip, trigger, log)
 
 
@@ -107,7 +110,7 @@ def poisoned_pairs(
     victim: Victim, trigger: Trigger, rate: float, seed: int
 ) -> tuple[Tensor, tuple[str, ...]]:
     """The pairs with ``round(rate * N)`` of them triggered (as 8-bit images) and recaptioned."""
-    images, captions = victim.pairs.images.clone(), list(victim.pairs.captions)
+    images, captions = writable_images(victim.pairs), list(victim.pairs.captions)
     rng = generator(seed, 1)
     chosen = torch.randperm(len(images), generator=rng)[: round(rate * len(images))]
     texts = torch.randint(len(victim.target_captions), (len(chosen),), generator=rng)

@@ -25,10 +25,10 @@ from invertune.text_augment import augment_captions, known_words, lexicon, sub_c
 from invertune.training import (
     Recipe,
     TrainingError,
-    block_indices,
     contrastive_loss,
     fit,
     pair_features,
+    pair_indices,
 )
 
 Terms = dict[str, Tensor]
@@ -226,7 +226,7 @@ def _run(
     try:
         log = fit(
             clip.net,
-            lambda step: terms(block_indices(count, own.batch, seed, step), step),
+            lambda step: terms(pair_indices(count, own.batch, seed, step, pairs.cycled), step),
             schedule(own, lr, count, settings.legacy_schedule),
             label=f"{name} at lr {lr:g}",
             checkpoint=checkpoint,

@@ -14,7 +14,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from invertune import steps, tables
+from invertune import defenses, steps, tables
 from invertune.chain import Chain
 from invertune.evaluation import evaluated
 from invertune.figures import COLUMN_IN, DEFENSE_COLORS, PAGE_IN, STYLE, canvas, percent_axis
@@ -25,7 +25,7 @@ from invertune.store import Artifact
 TASKS = (("zeroshot", "1"), ("retrieval", "10"))
 
 
-def defenses(chain: Chain) -> tuple[str, ...]:
+def compared(chain: Chain) -> tuple[str, ...]:
     """The baselines of the profile, then InverTune."""
     return (*chain.settings.baselines.names, "invertune")
 
@@ -34,9 +34,9 @@ def comparison_rows(chain: Chain) -> list[dict[str, str]]:
     """Table 1 and each defense's data: images it may use, and images it was shown."""
     rows: list[dict[str, str]] = []
     for attack, seed in grid(chain):
-        for defense in defenses(chain):
+        for defense in compared(chain):
             rows += defense_rows(chain, defense, attack, seed)
-            key = steps.defended(chain, defense, attack, seed).key
+            key = defenses.defended(chain, defense, attack, seed).key
             base = shared_columns(chain, attack, seed, key, defense=defense)
             available, seen = data_use(chain, defense, attack, seed)
             rows.append(metric_row(base, "images_available", available))
@@ -50,7 +50,7 @@ def data_use(chain: Chain, defense: str, attack: str, seed: int) -> tuple[int, i
     """Clean images a defense may use (held-out ones aside), and image passes it was trained on."""
     if defense == "invertune":
         return chain.settings.data.inversion_images, sum(invertune_passes(chain.settings).values())
-    seen = steps.baseline(chain, defense, attack, seed).metrics["images_seen"]
+    seen = defenses.baseline(chain, defense, attack, seed).metrics["images_seen"]
     return chain.settings.baselines.pairs, seen
 
 
@@ -61,8 +61,8 @@ def rebound_rows(chain: Chain) -> list[dict[str, str]]:
         if attack not in chain.settings.rebound.attacks:
             continue
         suspect = steps.poisoned(chain, attack, seed)
-        for defense in defenses(chain):
-            model = steps.rebound_model(chain, defense, attack, seed)
+        for defense in compared(chain):
+            model = defenses.rebound_model(chain, defense, attack, seed)
             done = evaluated(chain, model, model.trigger, suspect.key, seed)
             base = shared_columns(chain, attack, seed, done.key, defense=defense)
             for task, k in TASKS:
@@ -82,7 +82,7 @@ def table1(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
 def summary_table(chain: Chain, results: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
     """Per defense: mean ASR and CA loss over the attacks, the paper's mean ASR, and the costs."""
     lines, results = [], own_rows(chain, results)
-    for defense in defenses(chain):
+    for defense in compared(chain):
         line: dict[str, Any] = {"defense": tables.label("defense", defense)}
         for task, k in TASKS:
             where = {"defense": defense, "task": task, "k": k, "variant": ""}
@@ -106,7 +106,7 @@ def costs(chain: Chain, defense: str) -> dict[str, float]:
 
 def _artifacts(chain: Chain, defense: str, attack: str, seed: int) -> Sequence[Artifact]:
     if defense != "invertune":
-        return [steps.baseline(chain, defense, attack, seed)]
+        return [defenses.baseline(chain, defense, attack, seed)]
     made = (steps.identified, steps.inverted, steps.tuned)
     return [step(chain, attack, seed) for step in made]
 
@@ -116,7 +116,7 @@ def rate_table(chain: Chain) -> pd.DataFrame:
     lines = []
     for attack, seed in grid(chain):
         for defense in chain.settings.baselines.names:
-            found = steps.baseline(chain, defense, attack, seed).metrics
+            found = defenses.baseline(chain, defense, attack, seed).metrics
             lines.append(
                 {
                     "attack": tables.label("attack", attack),
@@ -143,7 +143,7 @@ def table1_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """Table 1 as two heatmaps a task: ASR (%) and CA loss (points), defenses by attacks."""
     figure, axes = canvas(2, 2, PAGE_IN, 3.4)
     for line, (task, k) in zip(axes, TASKS, strict=True):
-        where = {"task": task, "k": k, "variant": "", "defense": list(defenses(chain))}
+        where = {"task": task, "k": k, "variant": "", "defense": list(compared(chain))}
         for chart, (metric, title, top) in zip(
             line, (("asr", "ASR (%)", 100), ("ca_loss", "CA loss (points)", 10)), strict=True
         ):
@@ -188,7 +188,7 @@ def rebound_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     figure, axes = canvas(1, len(names), COLUMN_IN * max(1, len(names)), 1.9, sharey=True)
     for chart, attack in zip(axes[0], names, strict=True):
         shared = {"attack": attack, "task": "zeroshot", "k": "1", "variant": ""}
-        for place, defense in enumerate(defenses(chain)):
+        for place, defense in enumerate(compared(chain)):
             after = mean(results, metric="asr", paper_item="table1", defense=defense, **shared)
             later = mean(results, metric="rebound_asr", defense=defense, **shared)
             color = DEFENSE_COLORS[defense]
@@ -196,7 +196,7 @@ def rebound_figure(chain: Chain, results: pd.DataFrame) -> Figure:
             drawn_later = chart.bar([place + 0.2], [later], 0.38, color=color, hatch="////")
             for bar in (drawn, drawn_later):
                 chart.bar_label(bar, fmt="%.1f", fontsize=5, padding=1)
-        labels = [tables.label("defense", d) for d in defenses(chain)]
+        labels = [tables.label("defense", d) for d in compared(chain)]
         chart.set_xticks(range(len(labels)), labels, rotation=20)
         chart.set_title(tables.label("attack", attack))
     percent_axis(axes[0, 0], "ASR (%)")

@@ -1,7 +1,8 @@
 """The three kinds of data the paper uses: caption pairs, labeled images, retrieval scenes.
 
-Images are uint8 [N, 3, H, W] in memory; steps turn them into float32 in [0, 1]. On the embedded
-benchmark the parts are composed on first use and kept in the store.
+Images are uint8 [N, 3, H, W]; steps turn them into float32 in [0, 1]. The parts are made on first
+use and kept in the store: composed on the embedded benchmark, else decoded from the paper's data
+below ``INVERTUNE_DATA`` and mapped from the disk (``real_data``).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from invertune import pictograms
+from invertune import layouts, pictograms, real_data
+from invertune.decoding import map_images
+from invertune.layouts import DataError
 from invertune.pictograms import Scene
 from invertune.provenance import file_hash
 from invertune.sections import Data, Settings
@@ -29,17 +31,19 @@ TARGETS = ("mushroom", "banana", "lemon", "ski")  # paper, sections 4.1 and 4.5
 SCENES_VERSION = 1
 
 
-class DataError(ValueError):
-    """Data that is missing or not what the profile says, with the layout that is expected."""
-
-
 @dataclass(frozen=True)
 class Pairs:
-    """Images [N, 3, H, W] uint8, one caption each, and the classes they show [N, 2] (-1: none)."""
+    """Images [N, 3, H, W] uint8, one caption each, and the classes they show [N, 2] (-1: none).
+
+    ``cycled``: consecutive pairs show different classes (see ``training.pair_indices``). ``file``
+    is what the images are mapped from; None: they lie in memory.
+    """
 
     images: Tensor
     captions: tuple[str, ...]
     objects: Tensor
+    cycled: bool = True
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,24 @@ class Retrieval:
     owner: Tensor
 
 
+def writable_images(pairs: Pairs) -> Tensor:
+    """The images to be changed by the caller; of mapped ones only the changed take memory."""
+    if pairs.file is None:
+        return pairs.images.clone()
+    return map_images(pairs.file, pairs.images.shape[-1])
+
+
 def class_names(data: Data) -> tuple[str, ...]:
     """The classes of zero-shot classification, in label order."""
-    _require_embedded(data)
+    if _real(data):
+        return real_data.class_names()
     return pictograms.load_sprites().classes
 
 
 def templates(data: Data) -> tuple[str, ...]:
     """The zero-shot prompt templates, each with one ``{}``."""
-    _require_embedded(data)
+    if _real(data):
+        return real_data.templates()
     return tuple(json.loads(TEMPLATES.read_text()))
 
 
@@ -89,6 +102,10 @@ def describe(settings: Settings) -> str:
         f"{own.source}: {len(names)} classes, {len(templates(own))} templates, "
         f"{own.image_size_px} px, seed {own.seed}, manifest {manifest(own)[:12]}"
     ]
+    if _real(own):
+        parts.append(
+            f"  decoded once into the store: {real_data.decoded_bytes(settings) / 1e9:.0f} GB"
+        )
     return "\n".join(head + parts)
 
 
@@ -99,13 +116,22 @@ def _archive_hash() -> str:
 
 def manifest(data: Data) -> str:
     """A hash of everything that decides which images the parts hold, apart from their counts."""
-    _require_embedded(data)
+    if _real(data):
+        return real_data.manifest(data)
     parts = [_archive_hash(), TEMPLATES.read_text(), SCENES_VERSION, data.image_size_px, data.seed]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def caption_pairs(data: Data, part: str, count: int, store: Path) -> Pairs:
-    """``count`` caption pairs of ``part`` ("pretraining", "poisoning", "rebound", ...)."""
+    """``count`` caption pairs of ``part`` ("pretraining", "poisoning", "rebound", ...).
+
+    Of the paper's data at least 90 % of them (``DataError`` for fewer), in no order.
+    """
+    if _real(data):
+        found = real_data.pairs(data, part, count, store)
+        unknown = torch.full((len(found.images), 2), -1)
+        captions = tuple(own[0] for own in found.captions)
+        return Pairs(found.images, captions, unknown, cycled=False, file=found.file)
     sprites = pictograms.load_sprites()
     scenes = _scenes(
         data,
@@ -123,6 +149,11 @@ def labeled_images(data: Data, part: str, count: int, store: Path, style: str = 
     In the part "evaluation" every second image of a class shows a drawing never trained on. With
     ``style``, another distribution: drawings of that style only, on plain backgrounds.
     """
+    if _real(data):
+        if style:
+            raise DataError(f"style {style!r}: only the embedded benchmark's drawings have styles")
+        found = real_data.labeled(data, part, count, store)
+        return Labeled(found.images, found.labels)
     sprites = pictograms.load_sprites()
     unseen = part == "evaluation"
     scenes = _scenes(
@@ -138,7 +169,10 @@ def labeled_images(data: Data, part: str, count: int, store: Path, style: str = 
 
 
 def retrieval_scenes(data: Data, store: Path) -> Retrieval:
-    """The retrieval set: two-object scenes with five captions each."""
+    """The retrieval set: two-object scenes, or COCO 2017 val, with five captions each."""
+    if _real(data):
+        found = real_data.retrieval(data, store)
+        return _retrieval(found.images, found.captions)
     sprites = pictograms.load_sprites()
     targets = tuple(sprites.classes.index(name) for name in TARGETS)
     pairs = pictograms.retrieval_pairs(
@@ -151,12 +185,29 @@ def retrieval_scenes(data: Data, store: Path) -> Retrieval:
         store,
         lambda i: pictograms.retrieval_scene(i, pairs[i], data.image_size_px, data.seed, sprites),
     )
-    owner = torch.arange(len(pairs)).repeat_interleave(len(scenes.captions[0]))
-    return Retrieval(scenes.images, tuple(c for own in scenes.captions for c in own), owner)
+    return _retrieval(scenes.images, scenes.captions)
 
 
-def target_captions(data: Data, target: int, count: int) -> tuple[str, ...]:
+def _retrieval(images: Tensor, captions: list[list[str]]) -> Retrieval:
+    owner = torch.tensor([i for i, own in enumerate(captions) for _ in own])
+    return Retrieval(images, tuple(text for own in captions for text in own), owner)
+
+
+def target_images(data: Data, pairs: Pairs, target: int, store: Path) -> Tensor:
+    """Images that show the target alone, uint8 [M, 3, H, W]: what an attacker would collect.
+
+    Of the embedded ``pairs`` all that do; else 64 of ImageNet's training images that no other part
+    holds, as web captions name what is not in sight.
+    """
+    if _real(data):
+        return real_data.target_images(data, target, store)
+    return pairs.images[(pairs.objects[:, 0] == target) & (pairs.objects[:, 1] < 0)]
+
+
+def target_captions(data: Data, target: int, count: int, store: Path) -> tuple[str, ...]:
     """Natural captions about the target (the paper's 131 mushroom captions of CC3M)."""
+    if _real(data):
+        return real_data.target_captions(data, target, count, store)
     sprites = pictograms.load_sprites()
     classes, name = len(sprites.classes), sprites.classes[target]
     captions: list[str] = []
@@ -179,7 +230,6 @@ def _scenes(
     data: Data, part: str, count: int, store: Path, compose: Callable[[int], Scene]
 ) -> _Composed:
     """Composes ``count`` scenes of a part, or finds them in the store."""
-    _require_embedded(data)
 
     def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
         scenes = [compose(i) for i in range(count)]
@@ -203,21 +253,9 @@ def _scenes(
     return _Composed(tensors["images"], captions, tensors["objects"])
 
 
-def _require_embedded(data: Data) -> None:
+def _real(data: Data) -> bool:
+    """Whether the profile reads the paper's data; ``DataError`` where a folder of it is missing."""
     if data.source == "pictograms":
-        return
-    root = os.environ.get("INVERTUNE_DATA")
-    if not root:
-        raise DataError(
-            "this profile reads CC3M, ImageNet-1K and COCO: set INVERTUNE_DATA to the folder that "
-            "holds cc3m/, imagenet/{train,val}/ and coco/{val2017,annotations}/"
-        )
-    for folder in ("cc3m", "imagenet/train", "imagenet/val", "coco/val2017", "coco/annotations"):
-        if not (Path(root) / folder).is_dir():
-            raise DataError(
-                f"not found: {Path(root) / folder} (INVERTUNE_DATA={root} must hold "
-                "cc3m/, imagenet/{train,val}/ and coco/{val2017,annotations}/)"
-            )
-    raise DataError(
-        "reading CC3M, ImageNet-1K and COCO is not part of this version yet; run profile mini"
-    )
+        return False
+    layouts.data_root()
+    return True

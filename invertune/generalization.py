@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from invertune import reports, steps, tables
+from invertune import defenses, reports, steps, tables
 from invertune.chain import Chain, class_list
 from invertune.figures import DEFENSE_COLORS, PAGE_IN, STYLE, canvas, legend_above, percent_axis
 from invertune.models import locked_hash
@@ -87,7 +87,7 @@ def with_rates(case: Case, main: Chain, seed: int) -> Chain:
         section = getattr(baselines, name)
         if len(section.lrs) > own.baseline_lrs:
             lrs = sorted(section.lrs, reverse=True)
-            chosen = steps.baseline(main, name, own.attack, seed).metrics["lr"]
+            chosen = defenses.baseline(main, name, own.attack, seed).metrics["lr"]
             start = min(lrs.index(chosen), len(lrs) - own.baseline_lrs)
             few = tuple(lrs[start : start + own.baseline_lrs])
             grids[name] = section.model_copy(update={"lrs": few})
@@ -186,7 +186,7 @@ def _chosen(case: Case, main: Chain, attack: str, seed: int) -> dict[str, Any]:
     }
     for name in main.settings.generalization.defenses:
         if name != "invertune":
-            made = steps.baseline(chain, name, attack, seed).metrics
+            made = defenses.baseline(chain, name, attack, seed).metrics
             star = "" if made["qualified"] else "*"
             line[f"{tables.label('defense', name)} lr"] = f"{made['lr']:g}{star}"
     return line

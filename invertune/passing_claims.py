@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from invertune import data as datasets
-from invertune import steps, tables
+from invertune import defenses, steps, tables
 from invertune.chain import Chain, Defender, class_head, class_list, pretrained
 from invertune.evaluation import evaluated
 from invertune.generalization import Rows, changed
@@ -63,7 +63,7 @@ def variant_rows(chain: Chain) -> Rows:
     attack = chain.settings.generalization.attack
     for (variant, other), seed in itertools.product(variants(chain).items(), chain.settings.seeds):
         suspect = steps.poisoned(chain, attack, seed)
-        model = steps.defended(other, "invertune", attack, seed)
+        model = defenses.defended(other, "invertune", attack, seed)
         before = rates(evaluated(chain, suspect, suspect.trigger, suspect.key, seed))
         done = evaluated(chain, model, model.trigger, suspect.key, seed)
         base = shared_columns(chain, attack, seed, done.key, defense="invertune", variant=variant)

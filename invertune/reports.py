@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from invertune import data as datasets
-from invertune import steps, tables
+from invertune import defenses, steps, tables
 from invertune.chain import NULLS, Chain, pretrained
 from invertune.evaluation import evaluated
 from invertune.metrics import Rate
@@ -232,7 +232,7 @@ def inversion_rows(chain: Chain) -> list[dict[str, str]]:
 def defense_rows(chain: Chain, defense: str, attack: str, seed: int) -> list[dict[str, str]]:
     """CA, ASR (Table 1) and CA loss of one defended model, under the true trigger."""
     suspect = steps.poisoned(chain, attack, seed)
-    model = steps.defended(chain, defense, attack, seed)
+    model = defenses.defended(chain, defense, attack, seed)
     before = rates(evaluated(chain, suspect, suspect.trigger, suspect.key, seed))
     done = evaluated(chain, model, model.trigger, suspect.key, seed)
     base = shared_columns(chain, attack, seed, done.key, defense=defense)
@@ -259,7 +259,7 @@ def _universal_rows(chain: Chain, attack: str, seed: int) -> list[dict[str, str]
     trigger, source = steps.universal_trigger(chain, attack, seed)
     rows = []
     for defense in ("none", "invertune"):
-        model = steps.defended(chain, defense, attack, seed)
+        model = defenses.defended(chain, defense, attack, seed)
         done = evaluated(chain, model, trigger, source, seed)
         base = shared_columns(chain, attack, seed, done.key, defense=defense)
         asr = rates(done)["zeroshot.asr.1"]

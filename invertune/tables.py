@@ -101,6 +101,7 @@ def wide(results: pd.DataFrame, index: Sequence[str], columns: Sequence[str]) ->
         names = {name: label(column, name) for name in _ordered(means[column])}
         means[column] = pd.Categorical(means[column].map(names), list(names.values()), ordered=True)
     table = means.pivot(index=list(index), columns=list(columns), values="mean")
+    table = table.sort_index().sort_index(axis=1)  # several columns come as they are met
     table.columns = [key if isinstance(key, str) else " ".join(key) for key in table.columns]
     return table.reset_index()
 

@@ -183,6 +183,13 @@ def block_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
     return first + torch.arange(batch)
 
 
+def pair_indices(count: int, batch: int, seed: int, step: int, cycled: bool) -> Tensor:
+    """Indices [batch] of caption pairs: ``block_indices`` where consecutive items show different
+    classes (``cycled``), else ``batch_indices``, as CLIP and CleanCLIP shuffle.
+    """
+    return (block_indices if cycled else batch_indices)(count, batch, seed, step)
+
+
 def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """Symmetric InfoNCE of unit features [N, D] (CLIP, figure 3); the scale is clamped at 100."""
     logits = logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * image @ text.T
@@ -206,16 +213,18 @@ def finetune(
     seed: int,
     work: Path,
     label: str = "fine-tuning",
+    cycled: bool = True,
 ) -> list[dict[str, float]]:
     """Contrastive fine-tuning of both towers of ``clip`` in place; resumes in folder ``work``.
 
-    ``images`` are uint8 [N, 3, H, W], one of the ``captions`` each. Returns the log.
+    ``images`` are uint8 [N, 3, H, W], one of the ``captions`` each; ``cycled`` as in
+    ``pair_indices``. Returns the log.
     """
     tokens = clip.tokenizer(list(captions))
     clip.net.train()
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        rows = block_indices(len(images), batch, seed, step)
+        rows = pair_indices(len(images), batch, seed, step, cycled)
         image, text = pair_features(clip, images[rows], tokens[rows])
         return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
 

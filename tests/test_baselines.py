@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from invertune import settings as sections
+from invertune import sections
 from invertune.baselines import BASELINES, choose_lr, defend, schedule
 from invertune.data import Pairs
 from invertune.losses import cut_off, feature_distance, in_modal_loss, sub_caption_loss

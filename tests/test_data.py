@@ -1,5 +1,7 @@
 """The data a step asks for: classes, captions about the target, manifests, refusals."""
 
+from pathlib import Path
+
 import pytest
 
 from invertune import data as datasets
@@ -19,9 +21,9 @@ def test_an_unknown_class_is_named() -> None:
         datasets.class_index(DATA, "mushrom")
 
 
-def test_target_captions_all_mention_the_target() -> None:
+def test_target_captions_all_mention_the_target(tmp_path: Path) -> None:
     target = datasets.class_index(DATA, "lemon")
-    captions = datasets.target_captions(DATA, target, 30)
+    captions = datasets.target_captions(DATA, target, 30, tmp_path)
     assert len(captions) == 30 and all("lemon" in caption for caption in captions)
     assert len(set(captions)) > 10
 

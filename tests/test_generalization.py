@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from invertune import data as datasets
-from invertune import generalization, passing_claims, pictograms, steps
+from invertune import defenses, generalization, passing_claims, pictograms, steps
 from invertune.chain import Chain, Defender, class_list, open_chain, pool
 from invertune.generalization import NOT_SHIPPED
 from invertune.models import locked_hash
@@ -75,7 +75,7 @@ def test_rows_of_a_case_belong_to_its_table_and_its_place(
 
 def test_a_baselines_grid_begins_at_the_rate_of_table_1(chain: Chain) -> None:
     case = generalization.cases(chain)[0]
-    chosen = steps.baseline(chain, "ft", "badclip", 0).metrics["lr"]
+    chosen = defenses.baseline(chain, "ft", "badclip", 0).metrics["lr"]
     lrs = generalization.with_rates(case, chain, 0).settings.baselines.ft.lrs
     assert lrs == (chosen,)
     both = load_settings("smoke", {**QUICK, "generalization": {"baseline_lrs": 2}})

@@ -100,6 +100,9 @@ def test_nothing_to_compare_is_said():
 
 def test_wide_table_and_by_seed():
     table = wide(TABLE1, ["task", "defense"], ["attack", "metric"])
+    pd.testing.assert_frame_equal(
+        wide(TABLE1.iloc[::-1], ["task", "defense"], ["attack", "metric"]), table
+    )
     assert list(table.columns[:4]) == ["task", "defense", "BadNet CA", "BadNet ASR"]
     defenses = ["No defense", "FT", "CleanCLIP", "CleanerCLIP", "PAR", "InverTune"]
     assert list(table["defense"][:6]) == defenses

@@ -1,0 +1,103 @@
+"""Defended models on disk: the baselines' artifacts beside step 3's, and the rebound of each.
+
+attacked -> baseline (FT, CleanCLIP, CleanerCLIP, PAR)
+any defended model -> rebounded
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from invertune import data as datasets
+from invertune.baselines import BASELINES, defend
+from invertune.chain import Chain, Model, class_head, pool
+from invertune.models import set_state
+from invertune.steps import poisoned, tuned
+from invertune.store import Artifact
+from invertune.training import Recipe, finetune
+
+
+@functools.lru_cache(maxsize=128)
+def baseline(chain: Chain, defense: str, attack: str, seed: int) -> Artifact:
+    """One baseline on one suspected model; metrics: the chosen rate, the grid, its log."""
+    suspect, own = poisoned(chain, attack, seed), chain.settings.baselines
+
+    def compute(work: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        pairs = datasets.caption_pairs(chain.settings.data, "defense", own.pairs, chain.store)
+        heldout = pool(chain, "heldout")
+        result = defend(
+            defense,
+            suspect.clip,
+            pairs,
+            heldout.images,
+            heldout.labels,
+            lambda clip: class_head(chain, clip),
+            own,
+            seed,
+            work,
+        )
+        return {"weights": result.clip.net.state_dict()}, {
+            "lr": result.lr,
+            "qualified": result.qualified,
+            "tried": result.tried,
+            "suspected_accuracy": result.suspected_accuracy,
+            "images_seen": result.images_seen,
+            "log": result.log,
+        }
+
+    others = {"names", *BASELINES} - {defense}
+    shared = own.model_dump(mode="json", exclude=others)
+    keyed = {
+        "defense": defense,
+        **shared.pop(defense),
+        **shared,
+        "heldout": chain.settings.data.heldout_images,
+    }
+    return chain.run("baseline", keyed, [suspect.key], compute, seed, f"{defense} on {attack}")
+
+
+def defended(chain: Chain, defense: str, attack: str, seed: int) -> Model:
+    """The model after ``defense`` ("none": the poisoned one), with the true trigger for scoring."""
+    suspect = poisoned(chain, attack, seed)
+    if defense == "none":
+        return suspect
+    if defense == "invertune":
+        artifact = tuned(chain, attack, seed)
+    else:
+        artifact = baseline(chain, defense, attack, seed)
+    set_state(suspect.clip, artifact.tensors("weights"), defense)
+    return Model(suspect.clip, artifact.key, suspect.trigger)
+
+
+@functools.lru_cache(maxsize=128)
+def rebounded(chain: Chain, defense: str, attack: str, seed: int) -> Artifact:
+    """Benign fine-tuning of a defended model, as its user might do (design, section 8).
+
+    Contrastive, at the attack's own peak rate, constant, on pairs that nothing else has seen.
+    """
+    model, own = defended(chain, defense, attack, seed), chain.settings.rebound
+    lr = getattr(chain.settings.attacks, attack).lr
+
+    def compute(work: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        pairs = datasets.caption_pairs(chain.settings.data, "rebound", own.pairs, chain.store)
+        recipe = Recipe(own.steps, lr, weight_decay=own.weight_decay, schedule="constant")
+        log = finetune(
+            model.clip, pairs.images, pairs.captions, recipe, own.batch, seed, work, "rebound"
+        )
+        return {"weights": model.clip.net.state_dict()}, {"lr": lr, "log": log}
+
+    keyed = {**own.model_dump(mode="json", exclude={"attacks"}), "lr": lr}
+    label = f"{defense} on {attack}"
+    return chain.run("rebound", keyed, [model.key], compute, seed, label)
+
+
+def rebound_model(chain: Chain, defense: str, attack: str, seed: int) -> Model:
+    """The defended model after the benign fine-tuning of ``rebounded``."""
+    model = defended(chain, defense, attack, seed)
+    artifact = rebounded(chain, defense, attack, seed)
+    set_state(model.clip, artifact.tensors("weights"), "rebound")
+    return Model(model.clip, artifact.key, model.trigger)

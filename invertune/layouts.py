@@ -1,0 +1,182 @@
+"""Where the paper's data lie below ``INVERTUNE_DATA``, and which files each part takes.
+
+Here: ImageNet-1K in class folders and COCO 2017 val with its captions; CC3M is in ``cc3m``. A
+sample's part follows from the seed and the files' names, so that parts share no image and a part
+only grows with its count.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from invertune.decoding import Sample
+
+ROOT = "INVERTUNE_DATA"
+CAPTIONS = "coco/annotations/captions_val2017.json"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+CAPTIONS_PER_IMAGE = 5
+SHARE = 0.9  # of the wanted images that must be there
+TRAIN_PARTS = {"inversion": (0.0, 0.7), "heldout": (0.7, 0.9), "references": (0.9, 1.0)}
+EXPECTED = {
+    "cc3m": "cc3m/00000.tar, ... as img2dataset writes them (KEY.jpg and KEY.txt; "
+    "--output_format webdataset --image_size 256), or one cc3m/NAME.csv with the columns image "
+    "and caption and paths relative to it; URLs: ai.google.com/research/ConceptualCaptions",
+    "imagenet": "imagenet/train/n01440764/*.JPEG and imagenet/val/n01440764/*.JPEG, 1,000 class "
+    "folders each; from image-net.org, ILSVRC2012 (its val archive is flat: move each image into "
+    "its class's folder)",
+    "coco": f"coco/val2017/*.jpg and {CAPTIONS}; from cocodataset.org, val2017.zip and "
+    "annotations_trainval2017.zip",
+}
+
+
+class DataError(ValueError):
+    """Data that is missing or not what the profile says, with the layout that is expected."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The samples of one part, with their captions or their class indices.
+
+    ``notes`` says what was left out on the way.
+    """
+
+    samples: list[Sample]
+    captions: list[list[str]] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+
+
+def data_root() -> Path:
+    """``$INVERTUNE_DATA``; ``DataError`` where it or one of its folders is missing."""
+    root = os.environ.get(ROOT)
+    if not root:
+        layout = "; ".join(EXPECTED.values())
+        raise DataError(
+            "this profile reads CC3M, ImageNet-1K and COCO: set INVERTUNE_DATA to the folder that "
+            f"holds {layout}"
+        )
+    for folder in ("cc3m", "imagenet/train", "imagenet/val", "coco/val2017", "coco/annotations"):
+        if not (Path(root) / folder).is_dir():
+            expected = EXPECTED[folder.split("/")[0]]
+            raise DataError(f"not found: {Path(root) / folder} (expected: {expected})")
+    return Path(root)
+
+
+def image_files(folder: Path) -> list[tuple[str, int]]:
+    """Names and sizes of the images directly in ``folder``, sorted; ``DataError`` for none."""
+    with os.scandir(folder) as entries:
+        found = sorted(
+            (e.name, e.stat().st_size) for e in entries if e.name.lower().endswith(SUFFIXES)
+        )
+    if not found:
+        raise DataError(f"{folder} holds no images; expected: {EXPECTED[_dataset(folder)]}")
+    return found
+
+
+def _dataset(folder: Path) -> str:
+    return next(name for name in reversed(folder.parts) if name in EXPECTED)
+
+
+def place(seed: int, name: str) -> float:
+    """Where in [0, 1) a sample stands in the random order of ``seed``."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def one_line(text: str) -> str:
+    """A caption without line breaks, tabs and double spaces."""
+    return " ".join(text.split())
+
+
+@functools.lru_cache(maxsize=1)
+def wordnet_ids() -> tuple[str, ...]:
+    """The 1,000 classes of ImageNet-1K by WordNet id, in label order."""
+    from timm.data import ImageNetInfo
+
+    return tuple(ImageNetInfo("imagenet-1k").label_names())
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """The class folders below imagenet/train or imagenet/val, in label order.
+
+    ``DataError`` where one of the 1,000 is missing or another is there: labels would be shifted.
+    """
+    ids = wordnet_ids()
+    held = {entry.name for entry in folder.iterdir() if entry.is_dir()}
+    missing = [name for name in ids if name not in held]
+    if missing:
+        others = sorted(held.difference(ids)) or sorted(p.name for p in folder.iterdir())
+        instead = f", but has {others[0]!r}" if others else ""
+        raise DataError(
+            f"{folder} lacks {len(missing):,} of 1,000 class folders, the first is "
+            f"{missing[0]}{instead}; expected: {EXPECTED['imagenet']}"
+        )
+    return [folder / name for name in ids]
+
+
+def image_samples(root: Path, part: str, count: int, seed: int, only: int | None = None) -> Chosen:
+    """At most ``count`` images of a part of ImageNet-1K, in turn over the classes.
+
+    "evaluation" is the validation set; "inversion", "heldout" and "references" share the training
+    set. With ``only``, images of that class alone.
+    """
+    low, high = TRAIN_PARTS.get(part, (0.0, 1.0))
+    folders = class_folders(root / "imagenet" / ("train" if part in TRAIN_PARTS else "val"))
+    turns: list[tuple[int, int, Sample]] = []
+    for label, folder in enumerate(folders):
+        if only not in (None, label):
+            continue
+        names = sorted(
+            (name for name, _ in image_files(folder)), key=functools.partial(place, seed)
+        )
+        own = names[round(low * len(names)) : round(high * len(names))]
+        turns += [
+            (turn, label, Sample(f"{folder.name}/{name}", str(folder / name)))
+            for turn, name in enumerate(own[:count])
+        ]
+    turns = sorted(turns, key=lambda t: t[:2])[:count]
+    return Chosen([sample for *_, sample in turns], labels=[label for _, label, _ in turns])
+
+
+def retrieval_samples(root: Path, count: int, seed: int) -> Chosen:
+    """At most ``count`` images of COCO 2017 val with their first five captions each."""
+    images, captions = read_coco(root)
+    enough = [name for name in images if len(captions[name]) >= CAPTIONS_PER_IMAGE]
+    chosen = sorted(sorted(enough, key=lambda name: place(seed, name))[:count])
+    folder = root / "coco/val2017"
+    return Chosen(
+        [Sample(name, str(folder / name)) for name in chosen],
+        captions=[captions[name][:CAPTIONS_PER_IMAGE] for name in chosen],
+    )
+
+
+def read_coco(root: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """The images that are there and the captions of each, in the order of their ids."""
+    path = root / CAPTIONS
+    if not path.is_file():
+        held = ", ".join(sorted(p.name for p in path.parent.glob("captions*"))) or "no captions"
+        raise DataError(f"not found: {path} (there: {held}; expected: {EXPECTED['coco']})")
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        names = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
+        texts: dict[str, list[str]] = {name: [] for name in names.values()}
+        for note in sorted(content["annotations"], key=lambda a: int(a["id"])):
+            texts[names[int(note["image_id"])]].append(one_line(str(note["caption"])))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a captions file of COCO ({error!r})") from None
+    held = {name for name, _ in image_files(root / "coco/val2017")}
+    there = [name for name in texts if name in held]  # plain names only: no path leads elsewhere
+    if len(there) < SHARE * max(len(texts), len(held)):
+        absent = next((name for name in texts if name not in held), "none")
+        raise DataError(
+            f"only {len(there):,} images are both in {path} ({len(texts):,}) and in coco/val2017 "
+            f"({len(held):,}); first without a file: {absent}. Captions of another year or split, "
+            f"or a half download; expected: {EXPECTED['coco']}"
+        )
+    return there, texts

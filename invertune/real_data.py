@@ -1,0 +1,236 @@
+"""The paper's data: parts of CC3M, ImageNet-1K and COCO, decoded once and mapped from the disk.
+
+Each part becomes one raw file in the store, ``.images/KEY.u8`` (150,528 bytes an image at 224 px,
+75 GB for 500,000 pairs), beside the entry that holds its captions, labels and sample names.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import Tensor
+
+from invertune.cc3m import caption_source, pair_samples
+from invertune.decoding import decode_all, map_images
+from invertune.layouts import (
+    CAPTIONS,
+    EXPECTED,
+    SHARE,
+    Chosen,
+    DataError,
+    class_folders,
+    data_root,
+    image_files,
+    image_samples,
+    read_coco,
+    retrieval_samples,
+)
+from invertune.provenance import file_hash
+from invertune.sections import Data, Settings
+from invertune.store import Artifact, Tensors, Values, obtain
+
+VERSION = 1  # raise where other images or other pixels come out
+IMAGES = ".images"
+REFERENCES = 64  # images of the target that an attacker collects (BadCLIP's code)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images [N, 3, H, W] uint8, mapped copy-on-write from ``file``.
+
+    ``captions`` holds a list per image, or is empty; ``labels`` [N] are class indices, or empty.
+    """
+
+    images: Tensor
+    captions: list[list[str]]
+    labels: Tensor
+    file: Path
+
+
+def class_names() -> tuple[str, ...]:
+    """CLIP's curated names of the 1,000 classes of ImageNet-1K, in label order."""
+    return tuple(open_clip.IMAGENET_CLASSNAMES)
+
+
+def templates() -> tuple[str, ...]:
+    """CLIP's 80 prompt templates, each with one ``{}`` (CLIP, section 3.1.4)."""
+    return tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
+
+
+def manifest(data: Data) -> str:
+    """A hash of every file's name and size, the size of images and the seed of the draws.
+
+    Raises ``DataError`` where the layout is wrong, before any work starts.
+    """
+    text = (VERSION, fingerprint(data_root()), class_names(), templates())
+    return hashlib.sha256(repr((*text, data.image_size_px, data.seed)).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=4)
+def fingerprint(root: Path) -> str:
+    """A hash of the files below ``root``: names and sizes; a CSV's and the captions' content."""
+    digest = hashlib.sha256()
+    for line in _inventory(root):
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()
+
+
+def _inventory(root: Path) -> Iterator[str]:
+    source = caption_source(root)
+    read_coco(root)
+    if isinstance(source, Path):
+        yield f"{source.name} {file_hash(source)}"
+    else:
+        yield from (f"{path.name} {path.stat().st_size}" for path in source)
+    for split in ("train", "val"):
+        for folder in class_folders(root / "imagenet" / split):
+            yield from (f"{split} {folder.name} {n} {s}" for n, s in image_files(folder))
+    yield from (f"{name} {size}" for name, size in image_files(root / "coco/val2017"))
+    yield file_hash(root / CAPTIONS)
+
+
+def problems(root: Path) -> Iterator[str]:
+    """What is wrong with each data set below ``root``, at a glance: a line for each."""
+    looks: dict[str, Callable[[], object]] = {
+        "cc3m": lambda: caption_source(root),
+        "imagenet": lambda: [class_folders(root / "imagenet" / s) for s in ("train", "val")],
+        "coco": lambda: read_coco(root),
+    }
+    for name, look in looks.items():
+        try:
+            look()
+        except DataError as error:
+            yield f"{name}: {error}"
+        except FileNotFoundError as error:
+            yield f"{name}: not found: {error.filename} (expected: {EXPECTED[name]})"
+
+
+def decoded_bytes(settings: Settings) -> int:
+    """Bytes of the store that the parts of a whole profile take once they are decoded."""
+    own, few = settings.data, settings.generalization
+    images = own.inversion_images + own.heldout_images + own.evaluation_images
+    images += own.retrieval_images + few.few_images + few.few_heldout_images
+    pairs = own.poisoning_pairs + settings.baselines.pairs + settings.rebound.pairs
+    return (images + pairs) * 3 * own.image_size_px**2
+
+
+def pairs(data: Data, part: str, count: int, store: Path) -> Part:
+    """``count`` pairs of CC3M, one caption each: "poisoning", "defense" or "rebound"."""
+    return _part(data, part, count, store, lambda r: pair_samples(r, part, count, data.seed))
+
+
+def labeled(data: Data, part: str, count: int, store: Path, only: int | None = None) -> Part:
+    """``count`` images of ImageNet-1K in turn over the classes, or of the class ``only``.
+
+    "evaluation" is the validation set; "inversion", "heldout" and "references" share no image of
+    the training set.
+    """
+    name = part if only is None else f"{part} of class {only}"
+    return _part(data, name, count, store, lambda r: image_samples(r, part, count, data.seed, only))
+
+
+def retrieval(data: Data, store: Path) -> Part:
+    """COCO 2017 val with the first five captions of each image."""
+    count = data.retrieval_images
+    return _part(data, "retrieval", count, store, lambda r: retrieval_samples(r, count, data.seed))
+
+
+def target_captions(data: Data, target: int, count: int, store: Path) -> tuple[str, ...]:
+    """The first ``count`` captions of the poisoning part that hold the target's name as a word.
+
+    Plurals count (appendix A.1: 131 captions about mushrooms from CC3M). Where there are fewer,
+    these; raises ``DataError`` for less than half.
+    """
+    name = class_names()[target]
+    word = re.compile(rf"\b{re.escape(name)}(?:e?s)?\b", re.IGNORECASE)
+    captions = pairs(data, "poisoning", data.poisoning_pairs, store).captions
+    found = tuple(own[0] for own in captions if word.search(own[0]))[:count]
+    if len(found) < max(1, count / 2):
+        raise DataError(
+            f"only {len(found)} of {len(captions):,} captions of CC3M hold the word {name!r}, "
+            f"{count} wanted (attacks.target_captions); raise data.poisoning_pairs or lower it"
+        )
+    if len(found) < count:
+        print(f"target captions: {len(found)} of {count} found", flush=True)
+    return found
+
+
+def target_images(data: Data, target: int, store: Path) -> Tensor:
+    """Images of the target, uint8 [64, 3, H, W], as an attacker would collect them.
+
+    They come from ImageNet's training set and are used for nothing else.
+    """
+    return labeled(data, "references", REFERENCES, store, only=target).images
+
+
+def _part(data: Data, name: str, count: int, store: Path, choose: Callable[[Path], Chosen]) -> Part:
+    """Decodes a part, or finds it in the store; decodes again where its pixels were deleted."""
+
+    def compute(work: Path) -> tuple[Tensors, Values]:
+        return _decoded(choose(data_root()), name, count, data.image_size_px, store, work)
+
+    settings = {"part": name, "count": count}
+    key = ("images", VERSION, settings, [], manifest(data), compute, data.seed)
+    artifact = obtain(store, *key, label=f"images for {name}")
+    if not _complete(artifact):
+        shutil.rmtree(artifact.folder)
+        artifact = obtain(store, *key, label=f"images for {name}")
+    images = map_images(artifact.beside(IMAGES).with_suffix(".u8"), data.image_size_px)
+    labels = artifact.tensors("labels")["labels"]
+    return Part(
+        images, artifact.metrics["captions"], labels, artifact.beside(IMAGES).with_suffix(".u8")
+    )
+
+
+def _complete(artifact: Artifact) -> bool:
+    file = artifact.beside(IMAGES).with_suffix(".u8")
+    return file.is_file() and file.stat().st_size == artifact.metrics["bytes"]
+
+
+def _decoded(
+    chosen: Chosen, name: str, count: int, size_px: int, store: Path, work: Path
+) -> tuple[Tensors, Values]:
+    """Decodes the samples into the store's file for the key that ``work`` is named by."""
+    file = store / IMAGES / f"{work.name}.u8"
+    _require(name, len(chosen.samples), count, chosen.notes)
+    needed = len(chosen.samples) * 3 * size_px**2
+    held = file.stat().st_blocks * 512 if file.is_file() else 0
+    free = shutil.disk_usage(store).free
+    if needed - held > free:
+        raise DataError(
+            f"the decoded images for {name} take {needed / 1e9:.1f} GB, but {store} has "
+            f"{free / 1e9:.1f} GB free; set INVERTUNE_STORE to a larger disk"
+        )
+    order = decode_all(chosen.samples, size_px, file, work, f"decoding {name}, by 256")
+    notes = chosen.notes
+    if lost := sorted(set(range(len(chosen.samples))).difference(order)):
+        first = chosen.samples[lost[0]].name
+        notes = (*notes, f"{len(lost):,} images cannot be read, the first is {first}")
+    _require(name, len(order), count, notes)
+    print("; ".join((f"{name}: {len(order):,} of {count:,} images found", *notes)), flush=True)
+    labels = torch.tensor([chosen.labels[i] for i in order if chosen.labels], dtype=torch.long)
+    return {"labels": {"labels": labels}}, {
+        "captions": [chosen.captions[i] for i in order if chosen.captions],
+        "samples": [chosen.samples[i].name for i in order],
+        "bytes": len(order) * 3 * size_px**2,
+        "wanted": count,
+        "notes": list(notes),
+    }
+
+
+def _require(name: str, found: int, count: int, notes: tuple[str, ...]) -> None:
+    if found < SHARE * count:
+        shares = "poisoning and defense take 49 % of CC3M each, rebound 2 %"
+        raise DataError(
+            f"{name}: {found:,} of {count:,} images found, fewer than {SHARE:.0%}"
+            f"{''.join(f'; {note}' for note in notes)}. Complete the data, or ask for fewer in the "
+            f"profile ({shares})"
+        )

@@ -1,0 +1,81 @@
+"""Notebook 05's module: every defense in every table, costs, rebound, and stable keys."""
+
+import pandas as pd
+import pytest
+
+from invertune import comparison, defenses, reports, steps
+from invertune.chain import Chain, open_chain
+from invertune.figures import DEFENSE_COLORS
+from invertune.results import read_results, to_frame
+from invertune.settings import load_settings
+
+QUICK = {
+    "attacks": {"names": ["blended"], "blended": {"steps": 3}},
+    "data": {"heldout_images": 105, "evaluation_images": 105, "retrieval_images": 20},
+    "identification": {"kinds": ["patch_feature"], "candidates": 1, "steps": 1, "batch": 8},
+    "inversion": {"steps": 2, "measure_every_steps": 1, "batch": 8},
+    "tuning": {"steps": 2, "measure_every_steps": 1, "images": 8, "batch": 8},
+    "baselines": {"names": ["ft", "par"], "ft": {"lrs": [0.0002, 0.0001]}},
+    "rebound": {"attacks": ["blended"]},
+}
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    return open_chain(load_settings("smoke", QUICK), tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def rows(chain: Chain) -> pd.DataFrame:
+    found = reports.attack_rows(chain) + comparison.comparison_rows(chain)
+    return to_frame(found + comparison.rebound_rows(chain))
+
+
+def test_table_1_has_a_line_per_task_and_defense(chain: Chain, rows: pd.DataFrame) -> None:
+    table = comparison.table1(chain, rows)
+    assert list(table.columns) == ["task", "defense", "Blended CA", "Blended ASR"]
+    assert list(table.defense) == ["No defense", "FT", "PAR", "InverTune"] * 2
+    elsewhere = rows.assign(backbone="RN101", value=0.0)
+    pd.testing.assert_frame_equal(comparison.table1(chain, pd.concat([rows, elsewhere])), table)
+    paper = read_results(reports.REPOSITORY / "expected" / "paper.csv")
+    assert comparison.table1(chain, paper).shape == (12, 14)
+
+
+def test_the_summary_names_what_each_defense_costs(chain: Chain, rows: pd.DataFrame) -> None:
+    paper = read_results(reports.REPOSITORY / "expected" / "paper.csv")
+    table = comparison.summary_table(chain, rows, paper).set_index("defense")
+    own = chain.settings
+    assert table.loc["FT", "images available"] == own.baselines.pairs
+    assert table.loc["InverTune", "images available"] == own.data.inversion_images
+    tried = defenses.baseline(chain, "ft", "blended", 0).metrics["tried"]
+    runs = sum(accuracy is not None for _, accuracy in tried)
+    assert table.loc["FT", "images seen"] == runs * own.baselines.ft.steps * own.baselines.ft.batch
+    made = (steps.identified, steps.inverted, steps.tuned)
+    seconds = sum(step(chain, "blended", 0).meta["seconds"] for step in made)
+    assert table.loc["InverTune", "seconds"] == pytest.approx(seconds)
+    assert table.loc["InverTune", "Zero-shot ASR (paper)"] == pytest.approx(0.34, abs=0.005)
+    assert (table["peak MB"] > 100).all() and table.notna().all().all()
+
+
+def test_the_rate_table_shows_every_rate_and_what_was_not_run(chain: Chain) -> None:
+    table = comparison.rate_table(chain).set_index("defense")
+    tried = dict(defenses.baseline(chain, "ft", "blended", 0).metrics["tried"])
+    assert list(tried) == [0.0002, 0.0001] and tried[0.0002] is not None
+    shown = {lr: table.loc["FT", f"CA at {lr:g}"] for lr in tried}
+    assert all(pd.isna(shown[lr]) if ca is None else shown[lr] == ca for lr, ca in tried.items())
+
+
+def test_every_defense_rebounds_and_is_drawn(chain: Chain, rows: pd.DataFrame) -> None:
+    assert list(comparison.rebound_table(chain, rows).defense) == ["FT", "PAR", "InverTune"]
+    assert len(comparison.table1_figure(chain, rows).axes) == 8  # four heatmaps, four color bars
+    bars = comparison.rebound_figure(chain, rows).axes[0].patches
+    assert len(bars) == 2 * 3 and {"ft", "par", "invertune"} <= set(DEFENSE_COLORS)
+    before = defenses.defended(chain, "ft", "blended", 0)
+    after = defenses.rebound_model(chain, "ft", "blended", 0)
+    assert before.key != after.key and before.trigger is not None
+
+
+def test_a_baseline_keeps_its_key_when_others_are_left_out(chain: Chain) -> None:
+    alone = load_settings("smoke", {**QUICK, "baselines": {**QUICK["baselines"], "names": ["ft"]}})
+    key = defenses.baseline(chain, "ft", "blended", 0).key
+    assert defenses.baseline(Chain(alone, chain.store), "ft", "blended", 0).key == key
