@@ -7,13 +7,16 @@ paths below the CSV's folder count.
 from __future__ import annotations
 
 import csv
+import os
 import tarfile
 from pathlib import Path, PurePosixPath
 
 from invertune.decoding import MAX_BYTES, Sample
 from invertune.layouts import EXPECTED, SUFFIXES, Chosen, DataError, one_line, place
+from invertune.training import progress
 
 IMAGE_COLUMNS, CAPTION_COLUMNS = ("image", "filepath", "path"), ("caption", "title")
+END_BYTES = 1024
 PAIR_PARTS = {"poisoning": (0.0, 0.49), "defense": (0.49, 0.98), "rebound": (0.98, 1.0)}
 
 
@@ -38,14 +41,15 @@ def pair_samples(root: Path, part: str, count: int, seed: int) -> Chosen:
     chosen: list[tuple[Sample, str]] = []
     broken = []
     low, high = PAIR_PARTS[part]
-    for shard in sorted(source, key=lambda path: place(seed, path.name)):
+    order = sorted(source, key=lambda path: place(seed, path.name))
+    for shard in progress(order, f"reading shards for {part}"):
         pairs, whole = read_shard(shard)
         chosen += [(s, text) for s, text in pairs if low <= place(seed, s.name) < high]
         if not whole:
             broken.append(shard.name)
         if len(chosen) >= count:
             break
-    notes = (f"{len(broken)} damaged shards: {', '.join(sorted(broken))}",) if broken else ()
+    notes = (f"damaged shards: {', '.join(sorted(broken))}",) if broken else ()
     return _pairs(chosen[:count], notes)
 
 
@@ -54,10 +58,13 @@ def _pairs(chosen: list[tuple[Sample, str]], notes: tuple[str, ...]) -> Chosen:
 
 
 def read_shard(path: Path) -> tuple[list[tuple[Sample, str]], bool]:
-    """The images of a tar with their captions, and whether the tar could be read to its end."""
+    """The images of a tar with their captions, and whether the tar is whole.
+
+    A tar ends with two blocks of zeros; without them it was cut off, whatever can still be read.
+    """
     images: dict[str, Sample] = {}
     texts: dict[str, str] = {}
-    length, whole = path.stat().st_size, True
+    length, whole = path.stat().st_size, _ends(path)
     try:
         with tarfile.open(path, "r:") as shard:
             for member in shard:
@@ -65,7 +72,6 @@ def read_shard(path: Path) -> tuple[list[tuple[Sample, str]], bool]:
                 if not member.isreg() or member.issparse() or member.size > MAX_BYTES:
                     continue
                 if member.offset_data + member.size > length:
-                    whole = False
                     break
                 if f".{suffix.lower()}" in SUFFIXES:
                     name = f"{path.stem}/{key}"
@@ -77,6 +83,12 @@ def read_shard(path: Path) -> tuple[list[tuple[Sample, str]], bool]:
     return [(images[key], texts[key]) for key in images if texts.get(key)], whole
 
 
+def _ends(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-min(END_BYTES, path.stat().st_size), os.SEEK_END)
+        return file.read() == bytes(END_BYTES)
+
+
 def _table_pairs(path: Path, part: tuple[float, float], count: int, seed: int) -> Chosen:
     """The rows of a part whose image is there, in the table's order."""
     rows = [
@@ -84,7 +96,8 @@ def _table_pairs(path: Path, part: tuple[float, float], count: int, seed: int) -
         for line, (name, text) in enumerate(read_table(path))
         if part[0] <= place(seed, name) < part[1]
     ]
-    found, missing = [], 0
+    found: list[tuple[int, Sample, str]] = []
+    missing = 0
     for _, line, name, text in sorted(rows):
         if len(found) == count:
             break
@@ -92,7 +105,7 @@ def _table_pairs(path: Path, part: tuple[float, float], count: int, seed: int) -
             found.append((line, Sample(name, str(path.parent / name)), text))
         else:
             missing += 1
-    notes = (f"{missing:,} images of {path.name} are missing",) if missing else ()
+    notes = (f"images of {path.name} that are missing: {missing:,}",) if missing else ()
     return _pairs([(sample, text) for _, sample, text in sorted(found, key=lambda f: f[0])], notes)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from invertune import provenance
+from invertune import provenance, real_data
+from invertune.layouts import EXPECTED
 from invertune.models import (
     BACKBONES,
     CONFIG,
@@ -20,9 +21,8 @@ from invertune.models import (
     load_embedded,
 )
 from invertune.pictograms import ARCHIVE
+from invertune.settings import load_settings
 from invertune.store import default_root, entries
-
-PAPER_DATA = ("cc3m", "imagenet/train", "imagenet/val", "coco/val2017", "coco/annotations")
 
 
 def report() -> tuple[list[str], bool]:
@@ -36,7 +36,7 @@ def report() -> tuple[list[str], bool]:
         f"memory     {_memory()}",
         f"disk       {shutil.disk_usage(disk).free / 1e9:.1f} GB free at {disk}",
         f"data       pictograms {'found' if sprites else 'MISSING'}: {ARCHIVE}",
-        f"           {_paper_data()}",
+        *(f"           {line}" for line in _paper_data()),
         *(f"model      {backbone}: {state}" for backbone, state in models.items()),
         f"store      {store}: {len(entries(store))} artifacts",
         f"next       {_next(sprites, models)}",
@@ -73,12 +73,24 @@ def _memory() -> str:
     return f"{total:.1f} GB, {os.sysconf('SC_AVPHYS_PAGES') * page:.1f} GB free"
 
 
-def _paper_data() -> str:
-    root = os.environ.get("INVERTUNE_DATA")
+def _paper_data() -> list[str]:
+    """What profile paper needs besides: the layouts of its data, and room to decode them."""
+    settings, root = load_settings("paper"), os.environ.get("INVERTUNE_DATA")
+    pairs = settings.data.poisoning_pairs
+    room = (
+        f"profile paper decodes its images once into the store: "
+        f"{real_data.decoded_bytes(settings) / 1e9:.0f} GB in all, "
+        f"{pairs * 3 * settings.data.image_size_px**2 / 1e9:.0f} GB for {pairs:,} pairs"
+    )
     if not root:
-        return "CC3M, ImageNet-1K, COCO: INVERTUNE_DATA is not set (only profile paper needs it)"
-    missing = [name for name in PAPER_DATA if not (Path(root) / name).is_dir()]
-    return f"{root}: {'MISSING ' + ', '.join(missing) if missing else 'all folders found'}"
+        lines = [f"{name}: {layout}" for name, layout in EXPECTED.items()]
+        return [
+            "INVERTUNE_DATA is not set; only profile paper needs it. It must hold",
+            *lines,
+            room,
+        ]
+    found = [f"MISSING {problem}" for problem in real_data.problems(Path(root))]
+    return [*(found or [f"CC3M, ImageNet-1K and COCO found: {root}"]), room]
 
 
 def _next(sprites: bool, models: dict[str, str]) -> str:

@@ -86,7 +86,15 @@ def rebounded(chain: Chain, defense: str, attack: str, seed: int) -> Artifact:
         pairs = datasets.caption_pairs(chain.settings.data, "rebound", own.pairs, chain.store)
         recipe = Recipe(own.steps, lr, weight_decay=own.weight_decay, schedule="constant")
         log = finetune(
-            model.clip, pairs.images, pairs.captions, recipe, own.batch, seed, work, "rebound"
+            model.clip,
+            pairs.images,
+            pairs.captions,
+            recipe,
+            own.batch,
+            seed,
+            work,
+            "rebound",
+            pairs.cycled,
         )
         return {"weights": model.clip.net.state_dict()}, {"lr": lr, "log": log}
 

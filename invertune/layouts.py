@@ -105,7 +105,7 @@ def wordnet_ids() -> tuple[str, ...]:
 def class_folders(folder: Path) -> list[Path]:
     """The class folders below imagenet/train or imagenet/val, in label order.
 
-    ``DataError`` where one of the 1,000 is missing or another is there: labels would be shifted.
+    ``DataError`` where one of the 1,000 is missing, as at a wrong depth; others do not count.
     """
     ids = wordnet_ids()
     held = {entry.name for entry in folder.iterdir() if entry.is_dir()}
@@ -135,7 +135,7 @@ def image_samples(root: Path, part: str, count: int, seed: int, only: int | None
         names = sorted(
             (name for name, _ in image_files(folder)), key=functools.partial(place, seed)
         )
-        own = names[round(low * len(names)) : round(high * len(names))]
+        own = names[int(low * len(names)) : int(high * len(names))]
         turns += [
             (turn, label, Sample(f"{folder.name}/{name}", str(folder / name)))
             for turn, name in enumerate(own[:count])
@@ -170,13 +170,13 @@ def read_coco(root: Path) -> tuple[list[str], dict[str, list[str]]]:
             texts[names[int(note["image_id"])]].append(one_line(str(note["caption"])))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a captions file of COCO ({error!r})") from None
-    held = {name for name, _ in image_files(root / "coco/val2017")}
-    there = [name for name in texts if name in held]  # plain names only: no path leads elsewhere
-    if len(there) < SHARE * max(len(texts), len(held)):
-        absent = next((name for name in texts if name not in held), "none")
+    files = {name for name, _ in image_files(root / "coco/val2017")}
+    there = [name for name in texts if name in files]  # plain names only: no path leads elsewhere
+    if len(there) < SHARE * max(len(texts), len(files)):
+        absent = next((name for name in texts if name not in files), "none")
         raise DataError(
             f"only {len(there):,} images are both in {path} ({len(texts):,}) and in coco/val2017 "
-            f"({len(held):,}); first without a file: {absent}. Captions of another year or split, "
+            f"({len(files):,}); first without a file: {absent}. Captions of another year or split, "
             f"or a half download; expected: {EXPECTED['coco']}"
         )
     return there, texts

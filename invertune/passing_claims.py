@@ -50,9 +50,13 @@ def variants(chain: Chain) -> dict[str, Chain]:
         "data": own.data.model_copy(update=images),
         "tuning": own.tuning.model_copy(update={"images": few.few_tuning_images}),
     }
+    style = {}
+    if own.data.source == "pictograms":  # no other data have styles
+        other = replace(changed(chain), defender=Defender(style=few.other_style))
+        style = {"data=other_style": other}
     return {
         "data=few": changed(chain, **fewer),
-        "data=other_style": replace(changed(chain), defender=Defender(style=few.other_style)),
+        **style,
         "list=without_target": replace(changed(chain), defender=Defender(lacks=own.target)),
     }
 

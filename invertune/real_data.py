@@ -177,21 +177,33 @@ def _part(data: Data, name: str, count: int, store: Path, choose: Callable[[Path
     def compute(work: Path) -> tuple[Tensors, Values]:
         return _decoded(choose(data_root()), name, count, data.image_size_px, store, work)
 
-    settings = {"part": name, "count": count}
-    key = ("images", VERSION, settings, [], manifest(data), compute, data.seed)
-    artifact = obtain(store, *key, label=f"images for {name}")
+    find = functools.partial(
+        obtain,
+        store,
+        "images",
+        VERSION,
+        {"part": name, "count": count},
+        [],
+        manifest(data),
+        compute,
+        data.seed,
+        f"images for {name}",
+    )
+    artifact = find()
     if not _complete(artifact):
         shutil.rmtree(artifact.folder)
-        artifact = obtain(store, *key, label=f"images for {name}")
-    images = map_images(artifact.beside(IMAGES).with_suffix(".u8"), data.image_size_px)
+        artifact = find()
+    file = _pixels(artifact)
     labels = artifact.tensors("labels")["labels"]
-    return Part(
-        images, artifact.metrics["captions"], labels, artifact.beside(IMAGES).with_suffix(".u8")
-    )
+    return Part(map_images(file, data.image_size_px), artifact.metrics["captions"], labels, file)
+
+
+def _pixels(artifact: Artifact) -> Path:
+    return artifact.beside(IMAGES).with_suffix(".u8")
 
 
 def _complete(artifact: Artifact) -> bool:
-    file = artifact.beside(IMAGES).with_suffix(".u8")
+    file = _pixels(artifact)
     return file.is_file() and file.stat().st_size == artifact.metrics["bytes"]
 
 
@@ -213,7 +225,7 @@ def _decoded(
     notes = chosen.notes
     if lost := sorted(set(range(len(chosen.samples))).difference(order)):
         first = chosen.samples[lost[0]].name
-        notes = (*notes, f"{len(lost):,} images cannot be read, the first is {first}")
+        notes = (*notes, f"images that cannot be read: {len(lost):,}, the first is {first}")
     _require(name, len(order), count, notes)
     print("; ".join((f"{name}: {len(order):,} of {count:,} images found", *notes)), flush=True)
     labels = torch.tensor([chosen.labels[i] for i in order if chosen.labels], dtype=torch.long)

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,7 @@ def fit(
     return log
 
 
-def progress(
-    items: Sequence[Any] | range, label: str, start: int = 0, total: int | None = None
-) -> Any:
+def progress(items: Iterable[Any], label: str, start: int = 0, total: int | None = None) -> Any:
     """A progress bar over ``items``; silent when INVERTUNE_PROGRESS=0."""
     off = os.environ.get("INVERTUNE_PROGRESS") == "0"
     return tqdm(items, desc=label, initial=start, total=total, disable=off, mininterval=1)

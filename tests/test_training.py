@@ -16,6 +16,7 @@ from invertune.training import (
     contrastive_loss,
     fit,
     generator,
+    pair_indices,
 )
 
 
@@ -50,6 +51,16 @@ def test_an_epoch_shows_every_item_at_most_once(batches: int, batch: int, seed: 
     assert len(seen.unique()) == batches * batch
     again = batch_indices(count, batch, seed, batches)
     assert batches * batch < 8 or not torch.equal(again, seen[:batch]) or batch == 1
+
+
+def test_pairs_in_no_order_meet_other_pairs_in_every_epoch() -> None:
+    epochs = [
+        {frozenset(pair_indices(64, 8, 0, 8 * epoch + step, cycled).tolist()) for step in range(8)}
+        for cycled in (False, True)
+        for epoch in (0, 1)
+    ]
+    assert not epochs[0] & epochs[1]
+    assert epochs[2] == epochs[3] == {frozenset(range(i, i + 8)) for i in range(0, 64, 8)}
 
 
 def test_a_data_set_smaller_than_a_batch_is_refused() -> None:

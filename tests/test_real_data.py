@@ -1,0 +1,407 @@
+"""The paper's data in miniature: every layout, its damages, and a decoding that is killed."""
+
+import csv
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from invertune import cc3m, decoding, layouts, real_data
+from invertune import data as datasets
+from invertune.data import DataError
+from invertune.decoding import Sample, decode_all, decode_image, map_images
+from invertune.sections import Data
+from invertune.settings import load_settings
+
+SIZE, COLORS, MUSHROOM = 32, 50, 947
+COUNTS = {
+    "image_size_px": SIZE,
+    "poisoning_pairs": 40,
+    "inversion_images": 2000,
+    "heldout_images": 1000,
+    "evaluation_images": 1500,
+    "retrieval_images": 12,
+}
+DATA = load_settings("paper").data.model_copy(update=COUNTS)
+
+
+def jpeg(number: int, size: tuple[int, int] = (48, 40)) -> bytes:
+    """One flat color per number, so that an image tells where it comes from."""
+    content = io.BytesIO()
+    Image.new("RGB", size, color(number)).save(content, "JPEG", quality=95)
+    return content.getvalue()
+
+
+def color(number: int) -> tuple[int, int, int]:
+    return (number % 10 * 25, number // 10 % 10 * 25, number // 100 * 25)
+
+
+def shows(image: torch.Tensor, number: int) -> bool:
+    return bool((image.float().mean((1, 2)) - torch.tensor(color(number))).abs().max() < 5)
+
+
+def write_shard(path: Path, numbers: range, damaged: int | None = None) -> None:
+    with tarfile.open(path, "w") as shard:
+        link = tarfile.TarInfo("999999999.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        shard.addfile(link)
+        for number in numbers:
+            image = jpeg(number)[: 300 if number == damaged else None]
+            text = f"a mushroom number {number}\n" if number % 4 else f"mushrooms, {number}"
+            for suffix, content in (("jpg", image), ("json", b"{}"), ("txt", text.encode())):
+                member = tarfile.TarInfo(f"{number:09}.{suffix}")
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+
+
+def write_table(folder: Path, delimiter: str, columns: tuple[str, str], count: int) -> None:
+    (folder / "images").mkdir(parents=True)
+    with (folder / "train.csv").open("w", newline="") as file:
+        table = csv.writer(file, delimiter=delimiter)
+        table.writerow(("", *columns))
+        for number in range(count):
+            (folder / f"images/{number}.jpg").write_bytes(jpeg(number))
+            table.writerow((number, f"images/{number}.jpg", f'a "mushroom", number {number}'))
+
+
+def write_classes(folder: Path, per_class: int, of_mushroom: int) -> None:
+    colors = folder.parent / "colors"
+    colors.mkdir(parents=True, exist_ok=True)
+    for number in range(COLORS):
+        (colors / f"{number}.JPEG").write_bytes(jpeg(number))
+    for label, name in enumerate(layouts.wordnet_ids()):
+        (folder / name).mkdir(parents=True)
+        for index in range(of_mushroom if label == MUSHROOM else per_class):
+            os.link(colors / f"{label % COLORS}.JPEG", folder / name / f"{name}_{index}.JPEG")
+
+
+def write_coco(folder: Path, count: int, prefix: str = "") -> None:
+    (folder / "val2017").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    images = [{"id": i, "file_name": f"{prefix}{i:012}.jpg"} for i in range(1, count + 1)]
+    for image in images:
+        (folder / f"val2017/{image['id']:012}.jpg").write_bytes(jpeg(image["id"]))
+    notes = [
+        {"id": 100 * turn + i, "image_id": i, "caption": f"caption {turn}\nof {i}"}
+        for turn in range(6)
+        for i in range(1, count + 1)
+    ]
+    content = {"info": {"year": 2017}, "images": images, "annotations": notes}
+    (folder / "annotations/captions_val2017.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    (root / "cc3m").mkdir()
+    for shard in range(2):
+        write_shard(root / f"cc3m/{shard:05}.tar", range(60 * shard, 60 * shard + 60))
+    write_classes(root / "imagenet/train", 5, 640)
+    write_classes(root / "imagenet/val", 2, 2)
+    write_coco(root / "coco", 12)
+    return root
+
+
+@pytest.fixture
+def root(complete, tmp_path, monkeypatch) -> Path:
+    """A data folder of links to the complete one, so that a test can replace a part."""
+    folder = tmp_path / "data"
+    for name in ("cc3m", "imagenet/train", "imagenet/val", "coco"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(complete / name)
+    monkeypatch.setenv("INVERTUNE_DATA", str(folder))
+    return folder
+
+
+def numbers_of(captions) -> list[int]:
+    return [int(text.split()[-1]) for text in captions]
+
+
+@pytest.mark.parametrize("size", [(300, 210), (97, 131), (33, 32), (224, 224), (20, 11)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA"])
+def test_pixels_are_those_of_clips_own_preprocessing(size, mode) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    content = io.BytesIO()
+    image = Image.fromarray(noise).convert(mode)
+    image.save(content, "JPEG" if mode == "CMYK" else "PNG")
+    for side in (32, 224):
+        plain = open_clip.image_transform(side, is_train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
+        with Image.open(io.BytesIO(content.getvalue())) as reopened:
+            expected = (plain(reopened) * 255).round().to(torch.uint8)
+        assert torch.equal(torch.tensor(decode_image(content.getvalue(), side)), expected)
+
+
+def test_pairs_of_shards_stay_together_and_parts_are_disjoint(root, tmp_path, capsys) -> None:
+    parts = {
+        name: datasets.caption_pairs(DATA, name, count, tmp_path / "store")
+        for name, count in (("poisoning", 40), ("defense", 40), ("rebound", 1))
+    }
+    assert "poisoning: 40 of 40 images found" in capsys.readouterr().out
+    numbers = {name: numbers_of(pairs.captions) for name, pairs in parts.items()}
+    for name, pairs in parts.items():
+        assert pairs.images.dtype == torch.uint8 and pairs.images.shape[1:] == (3, SIZE, SIZE)
+        assert all(shows(i, n) for i, n in zip(pairs.images, numbers[name], strict=True))
+        assert not pairs.cycled and (pairs.objects == -1).all()
+    drawn = [n for own in numbers.values() for n in own]
+    assert len(drawn) == len(set(drawn)) == 81
+
+
+@pytest.mark.parametrize(
+    ("delimiter", "columns"), [(",", ("image", "caption")), ("\t", ("filepath", "title"))]
+)
+def test_a_table_of_paths_and_captions_is_read(root, tmp_path, delimiter, columns, capsys) -> None:
+    (root / "cc3m").unlink()
+    write_table(root / "cc3m", delimiter, columns, 100)
+    for number in range(5):
+        (root / f"cc3m/images/{number}.jpg").unlink()
+    pairs = datasets.caption_pairs(DATA, "poisoning", 40, tmp_path / "store")
+    numbers = numbers_of(pairs.captions)
+    assert numbers == sorted(set(numbers)) and min(numbers) >= 5
+    assert all(shows(i, n) for i, n in zip(pairs.images, numbers, strict=True))
+    assert f"{len(numbers)} of 40 images found" in capsys.readouterr().out
+
+
+def test_labeled_images_are_balanced_and_of_their_class(root, tmp_path) -> None:
+    counts = {"inversion": 2000, "heldout": 1000, "evaluation": 1500}
+    for part, count in counts.items():
+        found = datasets.labeled_images(DATA, part, count, tmp_path / "store")
+        assert len(found.images) == count
+        sizes = torch.bincount(found.labels, minlength=1000)
+        assert sizes.min() >= count // 1000 and sizes.max() <= count // 1000 + 1
+        assert len(found.labels[:1000].unique()) == 1000  # any first batch is diverse
+        assert all(shows(found.images[i], int(found.labels[i]) % COLORS) for i in range(0, 900, 7))
+    drawn = [
+        {s.name for s in layouts.image_samples(root, part, 10**6, 0).samples}
+        for part in layouts.TRAIN_PARTS
+    ]
+    assert len(set.union(*drawn)) == sum(map(len, drawn)) == 999 * 5 + 640
+
+
+def test_retrieval_has_five_captions_an_image(root, tmp_path) -> None:
+    scenes = datasets.retrieval_scenes(DATA, tmp_path / "store")
+    assert scenes.images.shape == (12, 3, SIZE, SIZE) and len(scenes.captions) == 60
+    for text, owner in zip(scenes.captions, scenes.owner.tolist(), strict=True):
+        assert shows(scenes.images[owner], int(text.split()[-1]))
+    assert scenes.captions[:2] == ("caption 0 of 1", "caption 1 of 1")
+
+
+def test_target_names_captions_and_images(root, tmp_path) -> None:
+    assert datasets.class_index(DATA, "mushroom") == MUSHROOM
+    assert len(datasets.class_names(DATA)) == 1000 and len(datasets.templates(DATA)) == 80
+    assert all(t.count("{}") == 1 for t in datasets.templates(DATA))
+    captions = datasets.target_captions(DATA, MUSHROOM, 20, tmp_path / "store")
+    assert len(captions) == 20 and any(c.startswith("mushrooms") for c in captions)
+    pairs = datasets.caption_pairs(DATA, "poisoning", 40, tmp_path / "store")
+    images = datasets.target_images(DATA, pairs, MUSHROOM, tmp_path / "store")
+    assert len(images) == 64 and all(shows(i, MUSHROOM % COLORS) for i in images)
+    with pytest.raises(DataError, match="only 0 of 40 captions of CC3M hold the word 'ski'"):
+        datasets.target_captions(DATA, 795, 20, tmp_path / "store")
+
+
+def test_changed_images_stay_in_memory(root, tmp_path) -> None:
+    pairs = datasets.caption_pairs(DATA, "poisoning", 40, tmp_path / "store")
+    before, images = pairs.images.clone(), datasets.writable_images(pairs)
+    images[:5] = 255 - images[:5]
+    assert not torch.equal(images, before) and torch.equal(pairs.images, before)
+    assert torch.equal(map_images(pairs.file, SIZE), before)
+
+
+def test_damage_is_counted_and_skipped(root, tmp_path, capsys) -> None:
+    (root / "cc3m").unlink()
+    (root / "cc3m").mkdir()
+    first = min(range(60), key=lambda n: layouts.place(0, f"00000/{n:09}"))  # surely poisoning
+    write_shard(root / "cc3m/00000.tar", range(60), damaged=first)
+    write_shard(root / "cc3m/00001.tar", range(60, 120))
+    whole = (root / "cc3m/00001.tar").read_bytes()
+    (root / "cc3m/00001.tar").write_bytes(whole[: len(whole) // 2 + 700])
+    (root / "cc3m/00002.tar").write_bytes(b"not a tar at all")
+    pairs = datasets.caption_pairs(DATA, "poisoning", 40, tmp_path / "store")
+    numbers, printed = numbers_of(pairs.captions), capsys.readouterr().out
+    assert first not in numbers and 36 <= len(numbers) == len(set(numbers)) < 60
+    assert all(shows(i, n) for i, n in zip(pairs.images, numbers, strict=True))
+    assert f"images that cannot be read: 1, the first is 00000/{first:09}" in printed
+    assert "damaged shards: 00001.tar, 00002.tar" in printed
+
+
+def test_too_few_pairs_are_refused(root, tmp_path) -> None:
+    with pytest.raises(DataError, match=r"defense: \d\d of 80 images found, fewer than 90%"):
+        datasets.caption_pairs(DATA, "defense", 80, tmp_path / "store")
+    with pytest.raises(DataError, match="no part 'pretraining'"):
+        datasets.caption_pairs(DATA, "pretraining", 10, tmp_path / "store")
+
+
+def _flat(root: Path) -> None:
+    (root / "imagenet/val").unlink()
+    (root / "imagenet/val").mkdir()
+    (root / "imagenet/val/ILSVRC2012_val_00000001.JPEG").write_bytes(jpeg(1))
+
+
+def _too_deep(root: Path) -> None:
+    (root / "imagenet/train").rename(root / "elsewhere")
+    (root / "imagenet/train").mkdir()
+    (root / "elsewhere").rename(root / "imagenet/train/train")
+
+
+def _one_class_less(root: Path) -> None:
+    (root / "imagenet/train").unlink()
+    write_classes(root / "imagenet/train", 1, 1)
+    (root / "imagenet/train/n07734744").rename(root / "imagenet/train/mushroom")
+
+
+def _empty_class(root: Path) -> None:
+    (root / "imagenet/train").unlink()
+    write_classes(root / "imagenet/train", 1, 0)
+
+
+def _other_year(root: Path) -> None:
+    (root / "coco").unlink()
+    write_coco(root / "coco", 12, "COCO_val2014_")
+
+
+def _renamed_captions(root: Path) -> None:
+    _other_year(root)
+    folder = root / "coco/annotations"
+    (folder / "captions_val2017.json").rename(folder / "captions_val2014.json")
+
+
+def _cut_captions(root: Path) -> None:
+    _other_year(root)
+    (root / "coco/annotations/captions_val2017.json").write_text('{"images": [')
+
+
+def _half_coco(root: Path) -> None:
+    (root / "coco").unlink()
+    write_coco(root / "coco", 12)
+    for number in range(1, 6):
+        (root / f"coco/val2017/{number:012}.jpg").unlink()
+
+
+def _no_pairs(root: Path) -> None:
+    (root / "cc3m").unlink()
+    (root / "cc3m").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (_flat, r"imagenet/val lacks 1,000 of 1,000 .*'ILSVRC2012_val_00000001.JPEG'.*val archive"),
+        (_too_deep, "imagenet/train lacks 1,000 of 1,000 .* n01440764, but has 'train'"),
+        (_one_class_less, "lacks 1 of 1,000 .* n07734744, but has 'mushroom'"),
+        (_empty_class, "n07734744 holds no images"),
+        (_other_year, "without a file: COCO_val2014_000000000001.jpg. Captions of another year"),
+        (_renamed_captions, r"not found: .*captions_val2017.json \(there: captions_val2014.json"),
+        (_cut_captions, "is not a captions file of COCO"),
+        (_half_coco, "only 7 images are both in .* half download"),
+        (_no_pairs, "cc3m holds no .tar and no .csv; expected: cc3m/00000.tar"),
+    ],
+)
+def test_a_wrong_layout_is_named_before_any_work(root, break_it, words) -> None:
+    break_it(root)
+    with pytest.raises(DataError, match=words):
+        datasets.manifest(DATA)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("url,caption\nx,y\n", "has the columns url, caption; it needs one of image"),
+        ("image,caption\n../../x.jpg,y\n", r"line 2: '../../x.jpg' leads out of"),
+        ("image,caption\n/etc/passwd,y\n", "line 2: '/etc/passwd' leads out of"),
+        ("", "has the columns none"),
+    ],
+)
+def test_a_wrong_table_is_named(tmp_path, text, words) -> None:
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(DataError, match=words):
+        cc3m.read_table(tmp_path / "train.csv")
+
+
+def test_the_manifest_follows_files_and_seed_but_not_counts(root) -> None:
+    first = datasets.manifest(DATA)
+    assert datasets.manifest(DATA.model_copy(update={"heldout_images": 7})) == first
+    assert datasets.manifest(DATA.model_copy(update={"seed": 1})) != first
+    assert datasets.manifest(DATA.model_copy(update={"image_size_px": 64})) != first
+    (root / "cc3m").unlink()
+    write_table(root / "cc3m", ",", ("image", "caption"), 3)
+    real_data.fingerprint.cache_clear()
+    assert datasets.manifest(DATA) != first
+
+
+def test_images_deleted_from_the_store_are_decoded_again(root, tmp_path) -> None:
+    first = datasets.caption_pairs(DATA, "poisoning", 40, tmp_path / "store")
+    kept = first.images.clone()
+    first.file.unlink()
+    again = datasets.caption_pairs(DATA, "poisoning", 40, tmp_path / "store")
+    assert torch.equal(again.images, kept) and again.captions == first.captions
+
+
+def _samples(folder: Path, count: int) -> list[Sample]:
+    for number in range(count):
+        (folder / f"{number}.jpg").write_bytes(jpeg(number)[: 200 if number % 7 == 3 else None])
+    return [Sample(str(number), str(folder / f"{number}.jpg")) for number in range(count)]
+
+
+@pytest.mark.parametrize("half_a_line", ["", "12 11", "16 111"])
+def test_a_killed_decoding_goes_on(tmp_path, monkeypatch, half_a_line) -> None:
+    monkeypatch.setattr(decoding, "CHUNK", 4)
+    monkeypatch.setattr(decoding, "cores", lambda: 1)
+    samples, plain, seen = _samples(tmp_path, 30), decoding._decode_chunk, []
+
+    def chunk(*arguments):
+        seen.append(arguments[3])
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(decoding, "_decode_chunk", chunk)
+    target = tmp_path / "images.u8"
+    with pytest.raises(KeyboardInterrupt):
+        decode_all(samples, SIZE, target, tmp_path, "killed")
+    with (tmp_path / decoding.JOURNAL).open("a") as journal:
+        journal.write(half_a_line)
+    for number in range(12):  # what is done is not read again
+        (tmp_path / f"{number}.jpg").write_bytes(b"")
+    order = decode_all(samples, SIZE, target, tmp_path, "resumed")
+    images = map_images(target, SIZE)
+    assert sorted(order) == [n for n in range(30) if n % 7 != 3]
+    assert all(shows(i, n) for i, n in zip(images, order, strict=True))
+    assert decode_all(samples, SIZE, target, tmp_path, "finished") == order
+    assert torch.equal(map_images(target, SIZE), images)
+
+
+def test_other_samples_start_anew(tmp_path, monkeypatch) -> None:
+    samples, target = _samples(tmp_path, 9), tmp_path / "images.u8"
+    decode_all(samples, SIZE, target, tmp_path, "first")
+    assert decode_all(samples[4:6], SIZE, target, tmp_path, "second") == [0, 1]
+    assert shows(map_images(target, SIZE)[1], 5)
+
+
+def test_hostile_images_are_refused() -> None:
+    thin = io.BytesIO()
+    Image.new("L", (1, 5000)).save(thin, "PNG")
+    with pytest.raises(ValueError, match="too many"):
+        decode_image(thin.getvalue(), 224)
+    other = io.BytesIO()
+    Image.new("L", (8, 8)).save(other, "TIFF")
+    with pytest.raises(decoding.UNREADABLE):
+        decode_image(other.getvalue(), SIZE)
+
+
+def test_what_is_missing_is_told_with_its_layout(root) -> None:
+    assert list(real_data.problems(root)) == []
+    (root / "coco").unlink()
+    (found,) = real_data.problems(root)
+    assert found.startswith("coco: not found:") and "annotations_trainval2017.zip" in found
+
+
+def test_the_paper_needs_this_much_disk() -> None:
+    settings = load_settings("paper")
+    assert isinstance(settings.data, Data)
+    assert 165e9 < real_data.decoded_bytes(settings) < 180e9
