@@ -67,6 +67,11 @@ class Tuned:
     states: tuple[State, ...]
     log: list[dict[str, float]]
 
+    @property
+    def kept(self) -> State:
+        """The chosen state."""
+        return next(s for s in self.states if (s.lr, s.step) == (self.lr, self.step))
+
 
 @dataclass(frozen=True)
 class _Problem:
@@ -108,8 +113,34 @@ def tune(
     class embeddings and ``target`` the identified class. Every rate of ``settings.lrs`` is run
     and measured; the returned weights are those of the state that ``choose`` takes, which looks at
     the suspected model, the held-out clean images and the inverted trigger only.
+    Where the suspected triggers still succeed on more than ``settings.widen_above_percent`` of the
+    held-out images, the three layers of largest impact are tuned instead, if that leaves less.
     Raises ``ValueError`` for too few images, ``TrainingError`` for a loss that is not finite.
     """
+
+    def tuned_by(own: Tuning) -> Tuned:
+        return _tune(clip, images, found, heldout, heldout_labels, head, target, own, seed)
+
+    first = tuned_by(settings)
+    if settings.layer_rule == "top3" or first.kept.inverted_asr <= settings.widen_above_percent:
+        return first
+    wider = tuned_by(settings.model_copy(update={"layer_rule": "top3"}))
+    accuracy, allowed = first.suspected.clean_accuracy, settings.allowed_ca_drop_points
+    return (first, wider)[choose([first.kept, wider.kept], accuracy, allowed)[0]]
+
+
+def _tune(
+    clip: Clip,
+    images: Tensor,
+    found: Sequence[Trigger],
+    heldout: Tensor,
+    heldout_labels: Tensor,
+    head: Tensor,
+    target: int,
+    settings: Tuning,
+    seed: int,
+) -> Tuned:
+    """``tune`` with one selection of layers."""
     suspected = clone(clip)
     suspected.net.requires_grad_(False).eval()
     predicted = predictions(embed_images(suspected, images), head)

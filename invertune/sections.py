@@ -160,6 +160,7 @@ class Tuning(Section):
     measure_every_steps: Count
     allowed_ca_drop_points: Percent
     layer_rule: Literal["mean_plus_std", "top3"]
+    widen_above_percent: Percent
     neuron: Literal["channel", "unit"]
     clusters: Annotated[int, Field(ge=2)]
     trainable: Literal["critical_rows", "all_visual"]

@@ -210,6 +210,20 @@ def test_tuning_images_are_diverse_seeded_and_never_the_target():
         diverse_indices(predicted, TARGET, 56, seed=0)
 
 
+def test_layers_are_widened_only_where_the_trigger_survives(planted):
+    narrow = run(planted, allowed_ca_drop_points=100, widen_above_percent=100)
+    assert len(narrow.selection.layers) < 3 and narrow.kept.inverted_asr > 0
+    wide = run(planted, allowed_ca_drop_points=100, widen_above_percent=0)
+    top3 = run(planted, allowed_ca_drop_points=100, layer_rule="top3")
+    assert len(top3.selection.layers) == 3
+    best = min(narrow.kept.inverted_asr, top3.kept.inverted_asr)
+    assert wide.kept in (narrow.kept, top3.kept) and wide.kept.inverted_asr <= best + 0.5
+    assert (
+        run(planted, allowed_ca_drop_points=100, widen_above_percent=narrow.kept.inverted_asr).kept
+        == narrow.kept
+    )
+
+
 def test_images_take_the_triggers_in_turn():
     images = torch.zeros(5, 3, 4, 4)
     black, white = (mask_trigger(torch.ones(3, 4, 4), torch.full((3, 4, 4), v)) for v in (0.2, 0.9))
