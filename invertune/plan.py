@@ -96,9 +96,9 @@ def planned(settings: Settings) -> list[Work]:
                 ("02_target_identification", "perturbations", "identification"),
                 ("02_target_identification", "candidate check", "inversion"),
                 ("03_trigger_inversion", "inversion", "inversion"),
-                ("04_activation_tuning", "tuning", "tuning"),
             )
         ),
+        Work("04_activation_tuning", "tuning", defended, passes["tuning"], "tuning"),
         *(
             Work("05_baselines", name, defended, len(section.lrs) * _passes(section), name)
             for name in own.names
@@ -197,6 +197,7 @@ def report(settings: Settings, held: Sequence[str], only: str | None = None) -> 
             "",
             f"memory: {memory}",
             f"rates measured on: {rates['device']}",
+            "baselines are counted with every rate; a run stops at the first that qualifies",
             f"the store holds: {steps}; what it holds for these settings is "
             "found in 0 s and not computed again",
         ]
