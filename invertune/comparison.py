@@ -91,7 +91,7 @@ def summary_table(chain: Chain, results: pd.DataFrame, paper: pd.DataFrame) -> p
             line[f"{title} ASR (paper)"] = mean(paper, metric="asr", paper_item="table1", **where)
             line[f"{title} CA loss"] = mean(results, metric="ca_loss", **where)
         for metric in ("images_available", "images_seen"):
-            line[metric.replace("_", " ")] = mean(results, metric=metric, defense=defense)
+            line[metric.replace("_", " ")] = round(mean(results, metric=metric, defense=defense))
         lines.append(line | costs(chain, defense))
     return pd.DataFrame(lines)
 

@@ -44,6 +44,8 @@ LABELS = {
         "inverted_asr": "Inverted ASR",
         "mask_l1": "Mask L1",
         "ssim": "SSIM",
+        "rebound_ca": "rebound CA",
+        "rebound_asr": "rebound ASR",
     },
     "task": {"zeroshot": "Zero-shot", "retrieval": "Retrieval"},
 }
