@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from invertune.training import Recipe, batch_indices, fit, generator
 from invertune.triggers import Trigger
 
 TIE_POINTS = 0.5
+Measure = Callable[[Clip], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -112,14 +114,22 @@ def tune(
     ``heldout`` with ``heldout_labels`` [M] are other clean images; ``head`` [C, D] holds the unit
     class embeddings and ``target`` the identified class. Every rate of ``settings.lrs`` is run
     and measured; the returned weights are those of the state that ``choose`` takes, which looks at
-    the suspected model, the held-out clean images and the inverted trigger only.
+    the suspected model, the held-out clean images and the suspected triggers only.
     Where the suspected triggers still succeed on more than ``settings.widen_above_percent`` of the
     held-out images, the three layers of largest impact are tuned instead, if that leaves less.
     Raises ``ValueError`` for too few images, ``TrainingError`` for a loss that is not finite.
     """
 
+    suspected = clone(clip)
+    suspected.net.requires_grad_(False).eval()
+    predicted = predictions(embed_images(suspected, images), head)
+    diverse = diverse_indices(predicted.cpu(), target, settings.images, seed)
+    clean = to_pixels(images[diverse], clip.device)
+    triggered = in_turn(found, clean)
+    measurer = partial(_measurer, suspected, found, heldout, heldout_labels, head, target)
+
     def tuned_by(own: Tuning) -> Tuned:
-        return _tune(clip, images, found, heldout, heldout_labels, head, target, own, seed)
+        return _tune(suspected, clean, triggered, head, measurer, own, seed)
 
     first = tuned_by(settings)
     if settings.layer_rule == "top3" or first.kept.inverted_asr <= settings.widen_above_percent:
@@ -130,26 +140,18 @@ def tune(
 
 
 def _tune(
-    clip: Clip,
-    images: Tensor,
-    found: Sequence[Trigger],
-    heldout: Tensor,
-    heldout_labels: Tensor,
+    suspected: Clip,
+    clean: Tensor,
+    triggered: Tensor,
     head: Tensor,
-    target: int,
+    measurer: Callable[[str | None], Measure],
     settings: Tuning,
     seed: int,
 ) -> Tuned:
     """``tune`` with one selection of layers."""
-    suspected = clone(clip)
-    suspected.net.requires_grad_(False).eval()
-    predicted = predictions(embed_images(suspected, images), head)
-    diverse = diverse_indices(predicted.cpu(), target, settings.images, seed)
-    clean = to_pixels(images[diverse], clip.device)
-    triggered = in_turn(found, clean)
     impacts, selection, neurons = locate(suspected, clean, triggered, settings, seed)
     problem = _prepare(suspected, clean, triggered, neurons, head, settings, seed)
-    measure = _measurer(suspected, problem.first, found, heldout, heldout_labels, head, target)
+    measure = measurer(problem.first)
     before = _state(0.0, 0, measure(suspected), _losses(problem, suspected, 0))
     rows = rows_to_train(suspected, neurons, settings.trainable)
     runs = [_tune_at(lr, suspected, problem, rows, measure) for lr in settings.lrs]
@@ -158,9 +160,9 @@ def _tune(
         [state for state, _ in measured], before.clean_accuracy, settings.allowed_ca_drop_points
     )
     chosen, weights = measured[index]
-    purified = clone(clip)
+    purified = clone(suspected)
+    purified.net.requires_grad_(True)
     set_state(purified, {**purified.net.state_dict(), **weights})
-    purified.net.eval()
     return Tuned(
         purified,
         selection,
@@ -286,13 +288,13 @@ def _prepare(
 
 def _measurer(
     suspected: Clip,
-    first: str | None,
     found: Sequence[Trigger],
     heldout: Tensor,
     labels: Tensor,
     head: Tensor,
     target: int,
-) -> Callable[[Clip], tuple[float, float]]:
+    first: str | None,
+) -> Measure:
     """Function from a tuned model to its held-out clean accuracy and inverted ASR, in percent."""
     others = labels != target
     prefix = prefix_to(suspected, first)
@@ -323,11 +325,7 @@ def _state(lr: float, step: int, rates: tuple[float, float], terms: Mapping[str,
 
 
 def _tune_at(
-    lr: float,
-    suspected: Clip,
-    problem: _Problem,
-    rows: Mapping[str, Tensor],
-    measure: Callable[[Clip], tuple[float, float]],
+    lr: float, suspected: Clip, problem: _Problem, rows: Mapping[str, Tensor], measure: Measure
 ) -> tuple[list[tuple[State, dict[str, Tensor]]], list[dict[str, float]]]:
     """Phase 3 at one rate: each measured state with the tensors it changed, and the log."""
     settings, original = problem.settings, suspected.net.state_dict()

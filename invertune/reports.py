@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from invertune import data as datasets
-from invertune import defenses, steps, tables
+from invertune import defenses, steps, tables, target_identification
 from invertune.chain import NULLS, Chain, pretrained
 from invertune.evaluation import evaluated
 from invertune.metrics import Rate
@@ -195,9 +195,10 @@ def increases(artifact: Artifact) -> dict[str, Increase]:
 
 def largest_increases(chain: Chain, attack: str, seed: int) -> dict[str, float]:
     """Class name to its largest increase over the kinds of perturbation, in points."""
-    found = increases(steps.identified(chain, attack, seed)).values()
-    points = torch.stack([i.points for i in found]).amax(0).tolist()
-    return dict(zip(datasets.class_names(chain.settings.data), points, strict=True))
+    points = target_identification.largest_increases(
+        increases(steps.identified(chain, attack, seed))
+    )
+    return dict(zip(datasets.class_names(chain.settings.data), points.tolist(), strict=True))
 
 
 def full_mask(chain: Chain) -> int:

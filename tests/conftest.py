@@ -9,3 +9,12 @@ settings.load_profile("invertune")
 
 os.environ.setdefault("INVERTUNE_PROGRESS", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# One barely trained attack and the shortest defense: for tests of what is around the steps.
+QUICK = {
+    "attacks": {"names": ["blended"], "blended": {"steps": 3}},
+    "data": {"heldout_images": 105, "evaluation_images": 105, "retrieval_images": 20},
+    "identification": {"kinds": ["patch_feature"], "candidates": 1, "steps": 1, "batch": 8},
+    "inversion": {"steps": 2, "measure_every_steps": 1, "batch": 8},
+    "tuning": {"steps": 2, "measure_every_steps": 1, "images": 8, "batch": 8},
+}

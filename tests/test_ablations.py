@@ -8,6 +8,7 @@ import matplotlib
 import pandas as pd
 import pytest
 import torch
+from conftest import QUICK
 
 from invertune import ablation_figures, ablations, steps, triggers
 from invertune.ablation_steps import found_triggers, inversions, scored, swept, with_value
@@ -20,12 +21,8 @@ from invertune.results import read_results, to_frame
 from invertune.settings import changed, compared, load_settings
 from invertune.store import entries
 
-QUICK = {
-    "attacks": {"names": ["blended"], "blended": {"steps": 3}},
-    "data": {"heldout_images": 105, "evaluation_images": 105, "retrieval_images": 20},
-    "identification": {"kinds": ["patch_feature"], "candidates": 1, "steps": 1, "batch": 8},
-    "inversion": {"steps": 2, "measure_every_steps": 1, "batch": 8},
-    "tuning": {"steps": 2, "measure_every_steps": 1, "images": 8, "batch": 8},
+SETTINGS = {
+    **QUICK,
     "ablations": {
         "perturbation_attacks": ["blended"],
         "beta_attacks": ["blended"],
@@ -39,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    return open_chain(load_settings("smoke", QUICK), tmp_path_factory.mktemp("store"))
+    return open_chain(load_settings("smoke", SETTINGS), tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")

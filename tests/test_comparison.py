@@ -2,6 +2,7 @@
 
 import pandas as pd
 import pytest
+from conftest import QUICK
 
 from invertune import comparison, defenses, reports, steps
 from invertune.chain import Chain, open_chain
@@ -9,12 +10,8 @@ from invertune.figures import DEFENSE_COLORS
 from invertune.results import read_results, to_frame
 from invertune.settings import load_settings
 
-QUICK = {
-    "attacks": {"names": ["blended"], "blended": {"steps": 3}},
-    "data": {"heldout_images": 105, "evaluation_images": 105, "retrieval_images": 20},
-    "identification": {"kinds": ["patch_feature"], "candidates": 1, "steps": 1, "batch": 8},
-    "inversion": {"steps": 2, "measure_every_steps": 1, "batch": 8},
-    "tuning": {"steps": 2, "measure_every_steps": 1, "images": 8, "batch": 8},
+SETTINGS = {
+    **QUICK,
     "baselines": {"names": ["ft", "par"], "ft": {"lrs": [0.0002, 0.0001]}},
     "rebound": {"attacks": ["blended"]},
 }
@@ -22,7 +19,7 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    return open_chain(load_settings("smoke", QUICK), tmp_path_factory.mktemp("store"))
+    return open_chain(load_settings("smoke", SETTINGS), tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +73,8 @@ def test_every_defense_rebounds_and_is_drawn(chain: Chain, rows: pd.DataFrame) -
 
 
 def test_a_baseline_keeps_its_key_when_others_are_left_out(chain: Chain) -> None:
-    alone = load_settings("smoke", {**QUICK, "baselines": {**QUICK["baselines"], "names": ["ft"]}})
+    alone = load_settings(
+        "smoke", {**SETTINGS, "baselines": {**SETTINGS["baselines"], "names": ["ft"]}}
+    )
     key = defenses.baseline(chain, "ft", "blended", 0).key
     assert defenses.baseline(Chain(alone, chain.store), "ft", "blended", 0).key == key
