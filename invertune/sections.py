@@ -146,6 +146,7 @@ class Inversion(Section):
     mask_init: Literal["uniform", "ones"]
     ssim_space: Literal["pixels", "normalized"]
     clamp: Literal["per_channel", "scalar"]
+    mask: Literal["per_channel", "shared"]
 
 
 class Tuning(Section):
@@ -253,6 +254,7 @@ class InversionChanges(Section):
     mask_init: tuple[Literal["uniform", "ones"], ...]
     ssim_space: tuple[Literal["pixels", "normalized"], ...]
     clamp: tuple[Literal["per_channel", "scalar"], ...]
+    mask: tuple[Literal["per_channel", "shared"], ...]
 
 
 class TuningChanges(Section):

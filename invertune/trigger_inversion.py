@@ -269,18 +269,19 @@ def _optimize(
     seed: int,
 ) -> list[InvertedTrigger]:
     """The loop of algorithm 1. Independent losses, summed, under Adam: each run as if alone."""
-    mask, pattern = (
-        start.expand(len(runs), -1, -1, -1).clone().requires_grad_()
-        for start in initial_trigger(clip, settings, seed)
+    first, start = initial_trigger(clip, settings, seed)
+    leaf = first[:1] if settings.mask == "shared" else first
+    leaf, pattern = (
+        tensor.expand(len(runs), -1, -1, -1).clone().requires_grad_() for tensor in (leaf, start)
     )
     low, high = pattern_bounds(clip, settings.clamp)
     lambdas = [[run.lambda1, run.lambda2, run.lambda3, run.lambda4] for run in runs]
     weights = torch.tensor(lambdas, device=clip.device).T
-    optimizer = torch.optim.Adam([mask, pattern], lr=settings.lr)
+    optimizer = torch.optim.Adam([leaf, pattern], lr=settings.lr)
     logs: list[list[dict[str, float]]] = [[] for _ in runs]
     kept: list[list[tuple[State, Tensor, Tensor]]] = [[] for _ in runs]
     for step in progress(range(settings.steps), "trigger inversion"):
-        terms = terms_at(step, mask, pattern)
+        terms = terms_at(step, leaf.expand(-1, 3, -1, -1), pattern)
         losses = (weights * terms).sum(0)
         if not torch.isfinite(losses).all():
             raise TrainingError(
@@ -291,14 +292,14 @@ def _optimize(
         losses.sum().backward()
         optimizer.step()
         with torch.no_grad():
-            mask.clamp_(0, 1)
+            leaf.clamp_(0, 1)
             pattern.copy_(pattern.clamp(low, high))
         done = step + 1
         if step % LOG_EVERY == 0 or done == settings.steps:
             for log, values in zip(logs, torch.cat([terms, losses[None]]).T.tolist(), strict=True):
                 log.append({"step": step, **dict(zip(TERMS, values, strict=True))})
         if done % settings.measure_every_steps == 0 or done == settings.steps:
-            masks = mask.detach().clone()
+            masks = leaf.detach().repeat(1, 3 // leaf.shape[1], 1, 1)
             pixels = (pattern.detach() * clip.std + clip.mean).clamp(0, 1)
             for k, run in enumerate(runs):
                 state = State(done, asr(masks[k], pixels[k], run.target), masks[k].sum().item())

@@ -201,6 +201,16 @@ def test_only_the_scalar_clamp_lets_the_search_leave_the_pixel_range(vit: Clip) 
         assert found.mask.min() >= 0 and found.mask.max() <= 1
 
 
+def test_a_shared_mask_is_one_for_all_channels_and_counts_three_times(vit: Clip) -> None:
+    found = invert(vit, options(mask="shared", steps=3))[0]
+    own = invert(vit, options(steps=3))[0]
+    assert torch.equal(found.mask, found.mask[:1].expand(3, -1, -1))
+    assert not torch.equal(own.mask, own.mask[:1].expand(3, -1, -1))
+    assert found.mask_l1 == pytest.approx(3 * found.mask[0].sum().item(), rel=1e-5)
+    first, _ = initial_trigger(vit, options(), 0)
+    assert found.log[0]["mask"] == pytest.approx(3 * first[0].sum().item(), rel=1e-5)
+
+
 def test_steps_and_measurements_are_as_many_as_asked(vit: Clip) -> None:
     trigger = invert(vit, options(steps=7, measure_every_steps=3))[0]
     assert [state.step for state in trigger.states] == [3, 6, 7]
