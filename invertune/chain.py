@@ -21,13 +21,13 @@ from invertune.store import Artifact, default_root, obtain
 from invertune.triggers import Trigger
 
 STEP_VERSIONS = {
-    "attack": 1,
+    "attack": 2,
     "identification": 2,
     "inversion": 1,
     "sweep": 1,
-    "tuning": 2,
-    "baseline": 1,
-    "rebound": 1,
+    "tuning": 3,
+    "baseline": 2,
+    "rebound": 2,
     "evaluation": 1,
     "scores": 1,
 }

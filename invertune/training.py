@@ -80,7 +80,7 @@ def fit(
         {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
-        groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+        groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
     )
     start, log = _resume(net, parameters, optimizer, checkpoint)
     for step in progress(range(start, recipe.steps), label, start, recipe.steps):
