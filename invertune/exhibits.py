@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from invertune import figures, image_figures, steps, tables, triggers
 from invertune.chain import NULLS, Chain, Model, class_head
 from invertune.image_figures import Example
 from invertune.models import embed_images, to_pixels
-from invertune.reports import increases, largest_increases, own_rows
+from invertune.reports import increases, inverted_energy, largest_increases, own_rows
 from invertune.target_identification import ranked_increases
 from invertune.triggers import Trigger
 
@@ -132,6 +133,10 @@ def inversion_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
             "inverted ASR": _column(own, metric="inverted_asr", **where),
             "mask L1 at equal ASR": _column(own, metric="mask_l1", variant="", **where),
             "of the clean model's": _column(own, metric="mask_l1_ratio", **where),
+            "mask energy at the trigger": _column(own, metric="mask_energy", variant="", **where),
+            "clean model's there": _column(
+                own, metric="mask_energy", variant="floor=clean_model", **where
+            ),
         },
         NULLS,
     )
@@ -148,11 +153,16 @@ def figure5b(chain: Chain, results: pd.DataFrame) -> Figure:
 
 
 def figure7(chain: Chain, inverted: bool = True) -> Figure:
-    """Figure 7: triggered images and triggers; with ``inverted`` also the inverted ones."""
+    """Figure 7: triggered images and triggers; with ``inverted`` also the inverted ones, and the
+    share of their mask's energy at the place of the true trigger, where it has one.
+    """
     names: tuple[str, ...] = chain.settings.attacks.names
-    seed = chain.settings.seeds[0]
+    seed, found = chain.settings.seeds[0], {}
     original = {name: trigger_example(chain, name, seed) for name in names}
-    found = {name: trigger_example(chain, name, seed, True) for name in names} if inverted else {}
+    for name in names if inverted else ():
+        share = inverted_energy(chain, name, name, seed)
+        note = "" if share is None else f"{share:.0f} % in place"
+        found[name] = replace(trigger_example(chain, name, seed, True), note=note)
     return image_figures.figure7(original, found)
 
 
@@ -173,7 +183,8 @@ def trigger_example(chain: Chain, attack: str, seed: int, inverted: bool = False
     triggered = as_picture(triggers.apply(trigger, image)[0])
     if trigger.kind in ("patch", "mask"):
         return Example(triggered, as_picture(triggers.apply(trigger, torch.zeros_like(image))[0]))
-    return Example(triggered, image_figures.amplify(triggered, as_picture(image[0])), True)
+    added = image_figures.amplify(triggered, as_picture(image[0]))
+    return Example(triggered, added, f"x{image_figures.AMPLIFICATION}")
 
 
 def example_images(chain: Chain) -> Tensor:

@@ -32,11 +32,11 @@ AMPLIFICATION = 8  # a blended or warped trigger is invisible at its own strengt
 
 @dataclass(frozen=True)
 class Example:
-    """A triggered image and its trigger as an image, ``amplified`` when made by ``amplify``."""
+    """A triggered image and its trigger as an image, with a ``note`` to stand below that."""
 
     image: np.ndarray
     trigger: np.ndarray
-    amplified: bool = False
+    note: str = ""
 
 
 def amplify(triggered: np.ndarray, clean: np.ndarray) -> np.ndarray:
@@ -83,8 +83,7 @@ def _pair(upper: Axes, lower: Axes, example: Example | None) -> None:
         return
     show(upper, example.image)
     show(lower, example.trigger)
-    if example.amplified:
-        lower.set_xlabel(f"x{AMPLIFICATION}", labelpad=1)
+    lower.set_xlabel(example.note, labelpad=1)
 
 
 @mpl.rc_context(STYLE)

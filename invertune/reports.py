@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from invertune import data as datasets
-from invertune import defenses, steps, tables, target_identification
+from invertune import defenses, steps, tables, target_identification, triggers
 from invertune.chain import NULLS, Chain, pretrained
 from invertune.evaluation import evaluated
 from invertune.metrics import Rate
@@ -207,7 +207,7 @@ def full_mask(chain: Chain) -> int:
 
 
 def inversion_rows(chain: Chain) -> list[dict[str, str]]:
-    """Notebook 03: inverted ASR on the evaluation set, mask size at equal ASR, beside the nulls."""
+    """Notebook 03: inverted ASR on the evaluation set, mask size and place, beside the nulls."""
     rows: list[dict[str, str]] = []
     sizes: dict[tuple[str, int], float] = {}
     for attack, seed in grid(chain, nulls=True):
@@ -227,7 +227,23 @@ def inversion_rows(chain: Chain) -> list[dict[str, str]]:
             asr = real["zeroshot.asr.1"]
             rows.append(metric_row(figure, "asr", asr))
             rows.append(metric_row(base, "asr_gap", abs(asr.value - fake.value), k=1))
+            for variant, name in (({}, attack), ({"floor": "clean_model"}, "none")):
+                share = inverted_energy(chain, attack, name, seed)
+                if share is not None:
+                    figure7 = {**base, "paper_item": "figure7", "variant": variant}
+                    rows.append(metric_row(figure7, "mask_energy", share))
     return rows
+
+
+def inverted_energy(chain: Chain, attack: str, suspect: str, seed: int) -> float | None:
+    """Percent of the energy of ``suspect``'s inverted mask at the place of ``attack``'s trigger.
+
+    None where that trigger covers the whole image.
+    """
+    trigger = steps.poisoned(chain, attack, seed).trigger
+    place = None if trigger is None else triggers.covered(trigger)
+    found = steps.inverted_trigger(chain, steps.inverted(chain, suspect, seed))
+    return None if place is None else triggers.energy_share(found.tensors["mask"], place)
 
 
 def defense_rows(chain: Chain, defense: str, attack: str, seed: int) -> list[dict[str, str]]:

@@ -52,6 +52,7 @@ METRICS = {
     "ssim": "ratio",  # structural similarity of images with and without the inverted trigger
     "adversarial_share": "percent",  # images predicted as the class under a universal perturbation
     "mask_l1_ratio": "ratio",  # mask_l1 of this model over that of the clean model
+    "mask_energy": "percent",  # of the inverted mask's, at the place of the true trigger
     "silhouette": "ratio",  # how far a cluster stands apart in feature space, -1 to 1
     "cosine": "ratio",  # similarity of two features
     "layer_impact": "ratio",  # eq. 8

@@ -95,6 +95,26 @@ def apply(trigger: Trigger, images: Tensor) -> Tensor:
     return KINDS[trigger.kind](images, **tensors, **trigger.scalars)
 
 
+def covered(trigger: Trigger) -> Tensor | None:
+    """Bool [size, size]: the pixels under a patch; None for a trigger all over the image."""
+    if trigger.kind != "patch":
+        return None
+    place = torch.zeros(trigger.size, trigger.size, dtype=torch.bool)
+    height, width = trigger.tensors["patch"].shape[-2:]
+    row, column = (int(trigger.scalars[name]) for name in ("row", "column"))
+    place[row : row + height, column : column + width] = True
+    return place
+
+
+def energy_share(mask: Tensor, place: Tensor) -> float:
+    """Percent of the energy (sum of squares) of ``mask`` [3, H, W] that lies at ``place`` [H, W].
+
+    0 for an empty mask.
+    """
+    energy = mask.double().square().sum(0)
+    return 100 * float(energy[place.to(mask.device)].sum() / energy.sum().clamp(min=1e-12))
+
+
 def patch_trigger(pattern: Tensor, size: int, location: str = "corner") -> Trigger:
     """A given ``pattern`` [3, p, p] in [0, 1] as a patch: BadCLIP's optimized one (A.1).
 

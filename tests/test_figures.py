@@ -28,7 +28,9 @@ def image(seed: int) -> np.ndarray:
 
 def examples(first: int) -> dict[str, image_figures.Example]:
     return {
-        name: image_figures.Example(image(first + i), image(first + 9 + i), name == "blended")
+        name: image_figures.Example(
+            image(first + i), image(first + 9 + i), "x8" if name == "blended" else ""
+        )
         for i, name in enumerate(ASR)
     }
 

@@ -276,3 +276,17 @@ def test_an_optimized_pattern_can_be_previewed_and_saved() -> None:
 def test_bad_values_are_named(call: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()  # type: ignore[operator]
+
+
+def test_energy_share_is_the_part_of_the_squares_under_the_patch() -> None:
+    place = triggers.covered(triggers.patch_trigger(torch.rand(3, 2, 3), 8))
+    assert place is not None and place.nonzero().tolist() == [
+        [row, column] for row in (6, 7) for column in (5, 6, 7)
+    ]
+    mask = torch.rand(3, 8, 8)
+    inside = sum(float(v) ** 2 for v in mask[:, 6:, 5:].flatten())
+    total = sum(float(v) ** 2 for v in mask.flatten())
+    assert triggers.energy_share(mask, place) == pytest.approx(100 * inside / total, rel=1e-5)
+    assert triggers.energy_share(torch.zeros(3, 8, 8), place) == 0
+    everywhere = triggers.mask_trigger(mask, mask)
+    assert triggers.covered(everywhere) is None
