@@ -23,8 +23,8 @@ from invertune.models import CONFIG, Clip, ModelError, check_state
 
 # Versions before 2.10 can be made to run code in spite of weights_only (CVE-2026-24747).
 SAFE_TORCH = (2, 10)
-# Sizes that OpenAI's files keep among the weights.
-DESCRIPTION = frozenset({"input_resolution", "context_length", "vocab_size"})
+# Sizes that OpenAI's files keep among the weights, and SigLIP's bias, which nothing here uses.
+DESCRIPTION = frozenset({"input_resolution", "context_length", "vocab_size", "logit_bias"})
 
 
 def import_checkpoint(path: Path, clip: Clip) -> dict[str, Tensor]:
