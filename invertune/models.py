@@ -63,18 +63,23 @@ def build_clip(folder: Path, backbone: str, device: torch.device | str = "cpu") 
     try:
         config = json.loads((folder / CONFIG).read_text())
         model, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
-        options = {"bpe_path": str(path)} if (path := (folder / MERGES).resolve()).exists() else {}
+        options: dict[str, Any] = {}
+        merges = (folder / MERGES).resolve()
         if set(model["text_cfg"].get("tokenizer_kwargs", {})) - {"clean"}:
             raise ModelError("tokenizer_kwargs may hold clean only")
+        if "hf_tokenizer_name" in model["text_cfg"]:
+            options = {"trust_remote_code": False}
+        elif merges.exists():
+            options = {"bpe_path": str(merges)}
         tokenizer = load_tokenizer(f"local-dir:{folder}", **options)
         return assemble(backbone, model, preprocess, tokenizer, device)
     except FileNotFoundError as error:
         raise ModelError(f"not found: {error.filename or error} (an open_clip local-dir)") from None
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a foreign description can be wrong in many ways
         raise ModelError(f"no CLIP can be built from {folder / CONFIG}: {error}") from error
 
 
-def load_tokenizer(source: str, **options: str) -> Any:
+def load_tokenizer(source: str, **options: Any) -> Any:
     """open_clip's tokenizer of a model or "local-dir:FOLDER"; ``ModelError`` where it is missing.
 
     SigLIP's needs the package transformers and its files.

@@ -138,11 +138,12 @@ def _hub_file(repository: str, size: int) -> Path:
         return Path(hf_hub_download(repository, WEIGHTS))
     except Exception as error:  # a network fails in many ways
         reason = str(error).strip().split("\n")[0][:120]
+        folder = f"{constants.HF_HUB_CACHE}/models--{repository.replace('/', '--')}"
         raise ModelError(
             f"{WEIGHTS} of {repository} on the Hugging Face hub (about {size / 1e6:.0f} MB in "
-            f"float32) is not in {constants.HF_HUB_CACHE} and was not downloaded "
-            f"({type(error).__name__}: {reason}); where there is a network, run: "
-            f"{_command(repository)}, and copy that folder here or set HF_HOME"
+            f"float32) is not in {folder} and was not downloaded ({type(error).__name__}: "
+            f"{reason}); where there is a network, run: {_command(repository)}, and copy that "
+            "folder here"
         ) from error
 
 
