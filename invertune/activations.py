@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
+from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
 from invertune.models import Clip, ModelError, normalize, to_pixels
@@ -21,7 +23,7 @@ from invertune.sections import Tuning
 
 BATCH = 256
 CACHE_BYTES = 2 * 2**30
-OUTPUTS = {"conv3", "bn3", "downsample", "out_proj", "c_proj"}
+OUTPUTS = {"conv3", "bn3", "downsample", "out_proj", "c_proj", "proj", "fc2"}  # the last: timm's
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,20 @@ def _chain(clip: Clip) -> tuple[Callable[..., Tensor], dict[str, nn.Module], Cal
             return pooled if visual.proj is None else pooled @ visual.proj
 
         return visual._embeds, {f"visual.transformer.resblocks.{k}": m for k, m in blocks}, head
+    trunk = getattr(visual, "trunk", visual)
+    if isinstance(visual, TimmModel) and isinstance(trunk, timm_vit.VisionTransformer):
+        blocks = trunk.blocks.named_children()
+
+        def stem(x: Tensor) -> Tensor:
+            return trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(x))))
+
+        def timm_head(tokens: Tensor) -> Tensor:
+            return visual.head(trunk.forward_head(trunk.norm(tokens)))
+
+        return stem, {f"visual.trunk.blocks.{k}": m for k, m in blocks}, timm_head
     raise ModelError(
-        f"no candidate layers in an image encoder of type {type(visual).__name__}; "
-        "a ModifiedResNet or a batch-first VisionTransformer is needed"
+        f"no candidate layers in an image encoder of type {type(trunk).__name__}; "
+        "a ModifiedResNet or a batch-first VisionTransformer (of open_clip or timm) is needed"
     )
 
 
@@ -237,8 +250,8 @@ def trainable_rows(clip: Clip, layer: str, channels: Tensor) -> dict[str, Tensor
     """The parameters that write the output of ``layer``, each with its bool mask of rows.
 
     ``channels`` is the bool mask [C] or [W] of critical channels. ResNet stage: conv3 and bn3 of
-    every block and the downsample; ViT block: attention out_proj and MLP c_proj. Rows transfer
-    because the residual stream has the same channels in every block of a stage.
+    every block and the downsample; ViT block: the last layer of attention and of the MLP. Rows
+    transfer because the residual stream has the same channels in every block of a stage.
     """
     names = (name for name, _ in candidate_layers(clip)[layer].named_parameters())
     return {f"{layer}.{name}": channels for name in names if OUTPUTS & set(name.split("."))}

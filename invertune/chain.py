@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from invertune import data as datasets
-from invertune.models import Clip, load_embedded, locked_hash, zero_shot_head
+from invertune.models import Clip, ModelError, zero_shot_head
 from invertune.sections import Settings
 from invertune.store import Artifact, default_root, obtain
 from invertune.triggers import Trigger
+from invertune.weights import load_clip
 
 STEP_VERSIONS = {
     "attack": 2,
@@ -32,6 +33,10 @@ STEP_VERSIONS = {
     "scores": 1,
 }
 NULLS = ("none", "clean_finetuned")
+
+
+class DeviceMemoryError(RuntimeError):
+    """A step that does not fit into the device's memory, with the batch size to try."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,18 @@ class Chain:
         seed: int,
         name: str = "",
     ) -> Artifact:
-        """Finds or computes one artifact (``store.obtain``) under this profile's data."""
+        """Finds or computes one artifact (``store.obtain``) under this profile's data.
+
+        Raises ``DeviceMemoryError`` where a GPU has too little memory for it.
+        """
+        label = f"{step} {name}, seed {seed}".replace(" ,", ",")
+
+        def within_memory(work: Path) -> Any:
+            try:
+                return compute(work)
+            except torch.OutOfMemoryError as error:
+                raise DeviceMemoryError(_too_large(label, settings, error)) from None
+
         return obtain(
             self.store,
             step,
@@ -95,15 +111,24 @@ class Chain:
             {**settings, **self._given(step), "seed": seed},
             list(upstream),
             datasets.manifest(self.settings.data),
-            compute,
+            within_memory,
             seed,
-            label=f"{step} {name}, seed {seed}".replace(" ,", ","),
+            label=label,
             device=str(self.device),
         )
 
     def _given(self, step: str) -> dict[str, Any]:
         """What another defender adds to a key: nothing to an attack's, so that it is shared."""
         return {} if step == "attack" else {k: v for k, v in asdict(self.defender).items() if v}
+
+
+def _too_large(label: str, settings: dict[str, Any], error: Exception) -> str:
+    """What a user can do about a full GPU: torch's numbers, and half of the largest batch."""
+    sections = (settings, *(v for v in settings.values() if isinstance(v, dict)))
+    batch = max((part["batch"] for part in sections if "batch" in part), default=0)
+    smaller = f"set its batch to {batch // 2} (now {batch})" if batch > 1 else "free that memory"
+    numbers = ". ".join(str(error).split(". ")[:3])
+    return f"{label}: {smaller} or use a larger device; {numbers}"
 
 
 def open_chain(settings: Settings, store: Path | None = None) -> Chain:
@@ -113,8 +138,14 @@ def open_chain(settings: Settings, store: Path | None = None) -> Chain:
 
 def pretrained(chain: Chain) -> Model:
     """The clean model every attack starts from."""
-    clip = load_embedded(chain.settings.backbone, chain.device)
-    return Model(clip, str(locked_hash(clip.backbone)), None)
+    own = chain.settings
+    clip, digest = load_clip(own.backbone, own.weights, chain.device)
+    if clip.image_size != own.data.image_size_px:
+        raise ModelError(
+            f"data.image_size_px = {own.data.image_size_px}, but the {own.backbone} of weights "
+            f"{own.weights!r} takes images of {clip.image_size} px"
+        )
+    return Model(clip, digest, None)
 
 
 def pool(chain: Chain, part: str) -> datasets.Labeled:

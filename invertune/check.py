@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from invertune import provenance, real_data
+from invertune import provenance, real_data, weights
 from invertune.layouts import EXPECTED
 from invertune.models import (
     BACKBONES,
@@ -38,6 +38,7 @@ def report() -> tuple[list[str], bool]:
         f"data       pictograms {'found' if sprites else 'MISSING'}: {ARCHIVE}",
         *(f"           {line}" for line in _paper_data()),
         *(f"model      {backbone}: {state}" for backbone, state in models.items()),
+        *(f"weights    {line}" for line in _paper_weights()),
         f"store      {store}: {len(entries(store))} artifacts",
         f"next       {_next(sprites, models)}",
     ]
@@ -47,16 +48,16 @@ def report() -> tuple[list[str], bool]:
 def _model(backbone: str) -> str:
     """ "found" with the weights' SHA-256, or what is wrong with a shipped model."""
     folder = MODEL_FOLDER / backbone
-    weights = folder / WEIGHTS
+    path = folder / WEIGHTS
     if backbone not in json.loads(WEIGHTS_LOCK.read_text()):
         return f"not shipped; makes it: python -m invertune pretrain {backbone}"
-    if not (folder / CONFIG).is_file() or not weights.is_file():
-        return f"MISSING: no {weights}"
+    if not (folder / CONFIG).is_file() or not path.is_file():
+        return f"MISSING: no {path}"
     try:
         load_embedded(backbone)
     except ModelError as error:
         return f"DAMAGED: {error}"
-    return f"found, SHA-256 {provenance.file_hash(weights)[:12]}"
+    return f"found, SHA-256 {provenance.file_hash(path)[:12]}"
 
 
 def _device() -> str:
@@ -91,6 +92,12 @@ def _paper_data() -> list[str]:
         ]
     found = [f"MISSING {problem}" for problem in real_data.problems(Path(root))]
     return [*(found or [f"CC3M, ImageNet-1K and COCO found: {root}"]), room]
+
+
+def _paper_weights() -> list[str]:
+    """Profile paper's weights of each backbone: in the cache and recorded, or how to get them."""
+    own = load_settings("paper").weights
+    return [f"profile paper, {own}, {b}: {weights.state(b, own)}" for b in BACKBONES]
 
 
 def _next(sprites: bool, models: dict[str, str]) -> str:

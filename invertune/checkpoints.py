@@ -23,8 +23,8 @@ from invertune.models import CONFIG, Clip, ModelError, check_state
 
 # Versions before 2.10 can be made to run code in spite of weights_only (CVE-2026-24747).
 SAFE_TORCH = (2, 10)
-# Sizes that OpenAI's files keep among the weights.
-DESCRIPTION = frozenset({"input_resolution", "context_length", "vocab_size"})
+# Sizes that OpenAI's files keep among the weights, and SigLIP's bias, which nothing here uses.
+DESCRIPTION = frozenset({"input_resolution", "context_length", "vocab_size", "logit_bias"})
 
 
 def import_checkpoint(path: Path, clip: Clip) -> dict[str, Tensor]:
@@ -41,6 +41,9 @@ def import_checkpoint(path: Path, clip: Clip) -> dict[str, Tensor]:
         raise ModelError(f"checkpoint not found: {path} is not a file")
     read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
     state = _state_dict(read(path, clip.backbone), path)
+    scale, own_scale = state.get("logit_scale"), clip.net.logit_scale
+    if scale is not None and scale.layout is torch.strided and scale.numel() == 1:
+        state["logit_scale"] = scale.reshape(own_scale.shape)  # [] or [1]: both occur
     check_state(clip, state, str(path))
     _check_activation(clip, path.parent / CONFIG)
     return {k: _weight(f"{path}: {k}", state[k], own) for k, own in clip.net.state_dict().items()}

@@ -22,6 +22,7 @@ from invertune.figures import DEFENSE_COLORS, PAGE_IN, STYLE, canvas, legend_abo
 from invertune.models import locked_hash
 from invertune.reports import grid, metric_row, shared_columns
 from invertune.results import natural_order
+from invertune.weights import EMBEDDED, for_any_backbone
 
 NOT_SHIPPED = "weights not shipped"
 Rows = list[dict[str, str]]
@@ -37,8 +38,11 @@ class Case:
 
     @property
     def shipped(self) -> bool:
-        """Whether the backbone's weights are recorded; without them nothing of the case is run."""
-        return locked_hash(self.chain.settings.backbone) is not None
+        """Whether the backbone has weights of its own; without them nothing of the case is run."""
+        own = self.chain.settings
+        if own.weights == EMBEDDED:
+            return locked_hash(own.backbone) is not None
+        return self.item == "table4" or for_any_backbone(own.weights)
 
     @property
     def place(self) -> dict[str, str]:
@@ -71,6 +75,8 @@ def describe(found: Sequence[Case]) -> str:
         backbone, target, attack = case.place.values()
         line = f"{case.item}: {attack} on {backbone}, target {target}"
         make = f"python -m invertune pretrain {backbone}"
+        if case.chain.settings.weights != EMBEDDED:
+            make = "write {backbone} where the folders in weights differ"
         lines.append(line if case.shipped else f"{line}: {NOT_SHIPPED}, left out ({make})")
     return "\n".join(lines)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,24 +56,73 @@ class ModelError(ValueError):
 
 
 def build_clip(folder: Path, backbone: str, device: torch.device | str = "cpu") -> Clip:
-    """Builds the randomly initialized CLIP that ``folder`` describes (an open_clip local-dir)."""
-    config = json.loads((folder / CONFIG).read_text())
-    net = open_clip.CLIP(**config["model_cfg"])
-    tokenizer = open_clip.SimpleTokenizer(
-        context_length=config["model_cfg"]["text_cfg"]["context_length"],
-        bpe_path=str((folder / MERGES).resolve()),
-    )
+    """Builds the randomly initialized CLIP that ``folder`` describes (an open_clip local-dir).
+
+    Raises ``ModelError`` where there is no such description or nothing can be built from it.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        model, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
+        options: dict[str, Any] = {}
+        merges = (folder / MERGES).resolve()
+        if set(model["text_cfg"].get("tokenizer_kwargs", {})) - {"clean"}:
+            raise ModelError("tokenizer_kwargs may hold clean only")
+        if "hf_tokenizer_name" in model["text_cfg"]:
+            options = {"trust_remote_code": False}
+        elif merges.exists():
+            options = {"bpe_path": str(merges)}
+        tokenizer = load_tokenizer(f"local-dir:{folder}", **options)
+        return assemble(backbone, model, preprocess, tokenizer, device)
+    except FileNotFoundError as error:
+        raise ModelError(f"not found: {error.filename or error} (an open_clip local-dir)") from None
+    except Exception as error:  # a foreign description can be wrong in many ways
+        raise ModelError(f"no CLIP can be built from {folder / CONFIG}: {error}") from error
+
+
+def load_tokenizer(source: str, **options: Any) -> Any:
+    """open_clip's tokenizer of a model or "local-dir:FOLDER"; ``ModelError`` where it is missing.
+
+    SigLIP's needs the package transformers and its files.
+    """
+    try:
+        return open_clip.get_tokenizer(source, **options)
+    except ImportError:
+        raise ModelError(
+            f"the tokenizer of {source} needs a package more: pip install transformers"
+        ) from None
+    except OSError as error:
+        raise ModelError(f"the tokenizer of {source} is not here: {error}") from error
+
+
+def assemble(
+    backbone: str,
+    model: Mapping[str, Any],
+    preprocess: Mapping[str, Any],
+    tokenizer: Any,
+    device: torch.device | str,
+) -> Clip:
+    """A random CLIP from open_clip's ``model_cfg`` and the mean and std of its images.
+
+    Text towers must be open_clip's own, image towers too or timm's; nothing is ever downloaded.
+    """
+    config = copy.deepcopy(dict(model))
+    custom, trunk = config.pop("custom_text", False), config["vision_cfg"].get("timm_model_name")
+    if "multimodal_cfg" in config or "hf_model_name" in config["text_cfg"] or ":" in (trunk or ""):
+        raise ModelError("CoCa, text towers of transformers and foreign trunks are not supported")
+    if trunk:
+        config["vision_cfg"]["timm_model_pretrained"] = False
+    net = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+    net.logit_bias = None  # SigLIP's moves all logits alike: nothing here depends on it
     mean, std = (
-        torch.tensor(config["preprocess_cfg"][k], device=device).view(1, 3, 1, 1)
-        for k in ("mean", "std")
+        torch.tensor(preprocess.get(key, default), device=device).view(1, 3, 1, 1)
+        for key, default in (
+            ("mean", open_clip.OPENAI_DATASET_MEAN),
+            ("std", open_clip.OPENAI_DATASET_STD),
+        )
     )
+    net = net.eval().to(device, memory_format=torch.channels_last)
     return Clip(
-        backbone,
-        net.eval().to(device, memory_format=torch.channels_last),
-        tokenizer,
-        mean,
-        std,
-        config["model_cfg"]["vision_cfg"]["image_size"],
+        backbone, net, tokenizer, mean, std, int(config["vision_cfg"].get("image_size", 224))
     )
 
 
@@ -95,9 +145,17 @@ def load_embedded(
     return clip
 
 
-def locked_hash(backbone: str) -> str | None:
-    """SHA-256 of the shipped weights of ``backbone``, as recorded; None for no record."""
-    return json.loads(WEIGHTS_LOCK.read_text()).get(backbone)
+def locked_hash(name: str) -> str | None:
+    """SHA-256 recorded for a shipped backbone or a hub repository; None for no record."""
+    return json.loads(WEIGHTS_LOCK.read_text()).get(name)
+
+
+def record_hash(name: str, digest: str) -> None:
+    """Records the SHA-256 of a file that was just written or downloaded (design, section 10)."""
+    locked = json.loads(WEIGHTS_LOCK.read_text()) | {name: digest}
+    temporary = WEIGHTS_LOCK.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(dict(sorted(locked.items())), indent=2) + "\n")
+    os.replace(temporary, WEIGHTS_LOCK)
 
 
 def load_weights(clip: Clip, path: Path) -> None:

@@ -5,7 +5,6 @@ One resumable command each: ``python -m invertune pretrain RN50``.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -21,11 +20,11 @@ from invertune.evaluation import utility
 from invertune.models import (
     MODEL_FOLDER,
     WEIGHTS,
-    WEIGHTS_LOCK,
     Clip,
     build_clip,
     image_features,
     load_embedded,
+    record_hash,
     save_weights,
     to_pixels,
 )
@@ -146,8 +145,7 @@ def publish_weights(chain: Chain, clip: Clip, folder: Path, hours: float) -> Non
     clip.net.eval()
     full = utility(chain, clip)
     save_weights(clip, folder / WEIGHTS, torch.float16)
-    locked = json.loads(WEIGHTS_LOCK.read_text()) | {clip.backbone: file_hash(folder / WEIGHTS)}
-    WEIGHTS_LOCK.write_text(json.dumps(dict(sorted(locked.items())), indent=2) + "\n")
+    record_hash(clip.backbone, file_hash(folder / WEIGHTS))
     half = utility(chain, load_embedded(clip.backbone, chain.device))
     parameters = sum(p.numel() for p in clip.net.parameters())
     lines = [

@@ -289,6 +289,7 @@ class Settings(Section):
     profile: str
     seeds: tuple[Annotated[int, Field(ge=0)], ...]
     backbone: Backbone
+    weights: Annotated[str, Field(min_length=1)]
     target: str
     device: Literal["auto", "cpu", "cuda"]
     data: Data

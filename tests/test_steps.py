@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from invertune import reports, steps
-from invertune.chain import Chain, open_chain
+from invertune.chain import Chain, DeviceMemoryError, open_chain
 from invertune.evaluation import evaluated
 from invertune.settings import load_settings
 
@@ -54,3 +54,15 @@ def test_rates_lie_in_their_intervals_and_grow_with_k(chain: Chain) -> None:
     rates = evaluated(chain, model, model.trigger, model.key, 0).metrics
     assert all(0 <= low <= value <= high <= 100 for value, _, low, high in rates.values())
     assert rates["zeroshot.asr.1"][0] <= rates["zeroshot.asr.3"][0] <= rates["zeroshot.asr.10"][0]
+
+
+def test_a_full_gpu_names_a_smaller_batch(chain: Chain) -> None:
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free. See the docs."
+
+    def compute(_: Path) -> None:
+        raise torch.OutOfMemoryError(text)
+
+    with pytest.raises(
+        DeviceMemoryError, match=r"seed 0: set its batch to 32 \(now 64\).* 1.00 GiB"
+    ):
+        chain.run("inversion", {"batch": 16, "inversion": {"batch": 64}}, [], compute, 0)

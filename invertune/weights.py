@@ -1,0 +1,151 @@
+"""Full-size CLIPs: the profile's ``weights``, read as safetensors and checked by their SHA-256.
+
+``weights`` is "embedded", an open_clip tag of the backbone ("openai"), MODEL/TAG for any other
+model of open_clip ("ViT-B-16-SigLIP/webli"), "local-dir:FOLDER" (open_clip's configuration and
+safetensors), or "file:CHECKPOINT" for weights of OpenAI's architecture of the backbone.
+"{backbone}" in it stands for the backbone's name. Images stay as the data made them: shortest side,
+center crop, at the model's size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+from invertune.checkpoints import import_checkpoint
+from invertune.models import (
+    WEIGHTS,
+    WEIGHTS_LOCK,
+    Clip,
+    ModelError,
+    assemble,
+    build_clip,
+    load_embedded,
+    load_tokenizer,
+    locked_hash,
+    record_hash,
+    set_state,
+)
+from invertune.provenance import file_hash
+
+EMBEDDED, OPENAI = "embedded", "openai"
+
+
+def load_clip(backbone: str, weights: str, device: torch.device | str = "cpu") -> tuple[Clip, str]:
+    """The CLIP that ``weights`` names, float32 in eval mode, and the SHA-256 of its file.
+
+    A hub file may be downloaded; its hash is recorded the first time and must stay the same.
+    Raises ``ModelError`` for weights that are unknown, missing, changed, or do not fit.
+    """
+    if weights == EMBEDDED:
+        return load_embedded(backbone, device), str(locked_hash(backbone))
+    kind, place = _parts(backbone, weights)
+    if kind == "tag":
+        return _from_hub(backbone, place, device)
+    if kind == "local-dir":
+        clip, path = build_clip(Path(place), backbone, device), Path(place) / WEIGHTS
+    else:
+        clip, path = random_clip(backbone, OPENAI, device), Path(place)
+    set_state(clip, import_checkpoint(path, clip), str(path))
+    return clip, file_hash(path)
+
+
+def random_clip(backbone: str, weights: str, device: torch.device | str = "cpu") -> Clip:
+    """An untrained CLIP for the weights of a tag, with their activation: OpenAI's is QuickGELU."""
+    name, described = _tagged(backbone, weights)
+    config = open_clip.get_model_config(name)
+    config["quick_gelu"] = described.get("quick_gelu", False)
+    return assemble(backbone, config, described, load_tokenizer(name), device)
+
+
+def for_any_backbone(weights: str) -> bool:
+    """Whether ``weights`` name another model for another backbone, and not always the same one."""
+    return "{backbone}" in weights or not set(":/") & set(weights)
+
+
+def state(backbone: str, weights: str) -> str:
+    """One line for ``check``: whether the weights are here, or how to get them; reads none."""
+    kind, place = _parts(backbone, weights)
+    if kind != "tag":
+        path = Path(place) / WEIGHTS if kind == "local-dir" else Path(place)
+        return f"{'found' if path.is_file() else 'MISSING'}: {path}"
+    repository = _repository(_tagged(backbone, place)[1], place)
+    if not isinstance(try_to_load_from_cache(repository, WEIGHTS), str):
+        return f"not in the cache; the first run downloads it, or: {_command(repository)}"
+    recorded = "recorded" if locked_hash(repository) else "not recorded yet"
+    return f"found ({repository}), SHA-256 {recorded}"
+
+
+def _parts(backbone: str, weights: str) -> tuple[str, str]:
+    """("local-dir" or "file", path) or ("tag", tag)."""
+    named = weights.replace("{backbone}", backbone)
+    kind, _, place = named.partition(":")
+    return (kind, place) if place and kind in ("local-dir", "file") else ("tag", named)
+
+
+def _tagged(backbone: str, weights: str) -> tuple[str, dict[str, Any]]:
+    """open_clip's model and its description of the tag: hub repository, activation, mean, std."""
+    name, _, tag = weights.rpartition("/")
+    name = name or backbone
+    found = open_clip.get_pretrained_cfg(name, tag)
+    if not found:
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "no weights"
+        raise ModelError(
+            f"weights = {weights!r}: for {name}, open_clip knows {known}; "
+            "or give embedded, MODEL/TAG, local-dir:FOLDER or file:CHECKPOINT"
+        )
+    return name, found
+
+
+def _from_hub(backbone: str, weights: str, device: torch.device | str) -> tuple[Clip, str]:
+    repository = _repository(_tagged(backbone, weights)[1], weights)
+    clip = random_clip(backbone, weights, device)
+    path = _hub_file(repository, sum(p.numel() for p in clip.net.parameters()) * 4)
+    digest, recorded = file_hash(path), locked_hash(repository)
+    if recorded not in (None, digest):
+        raise ModelError(
+            f"{path} refused: its SHA-256 is {digest}, but {WEIGHTS_LOCK.name} records {recorded} "
+            f"for {repository}; delete the file to download it again"
+        )
+    set_state(clip, import_checkpoint(path, clip), str(path))
+    if recorded is None:
+        record_hash(repository, digest)
+        print(f"{repository}: SHA-256 {digest} recorded in {WEIGHTS_LOCK}", flush=True)
+    return clip, digest
+
+
+def _repository(described: dict[str, Any], weights: str) -> str:
+    repository = "/".join(described["hf_hub"].split("/")[:2])
+    if not repository:
+        raise ModelError(f"weights = {weights!r}: open_clip has them as a pickle only, not read")
+    return repository
+
+
+def _hub_file(repository: str, size: int) -> Path:
+    """The safetensors in the cache of the hub, downloaded if need be; never another file.
+
+    open_clip's own download would go on to a pickle where there is no safetensors file. What is
+    in the cache is taken without asking the hub.
+    """
+    cached = try_to_load_from_cache(repository, WEIGHTS)
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        return Path(hf_hub_download(repository, WEIGHTS))
+    except Exception as error:  # a network fails in many ways
+        reason = str(error).strip().split("\n")[0][:120]
+        folder = f"{constants.HF_HUB_CACHE}/models--{repository.replace('/', '--')}"
+        raise ModelError(
+            f"{WEIGHTS} of {repository} on the Hugging Face hub (about {size / 1e6:.0f} MB in "
+            f"float32) is not in {folder} and was not downloaded ({type(error).__name__}: "
+            f"{reason}); where there is a network, run: {_command(repository)}, and copy that "
+            "folder here"
+        ) from error
+
+
+def _command(repository: str) -> str:
+    return f"hf download {repository} {WEIGHTS}"
