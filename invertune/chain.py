@@ -7,7 +7,7 @@ and what changed is computed again. ``STEP_VERSIONS`` is raised when a step's re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +102,26 @@ class Chain:
         )
 
     def _given(self, step: str) -> dict[str, Any]:
-        """What another defender adds to a key: nothing to an attack's, so that it is shared."""
-        return {} if step == "attack" else {k: v for k, v in asdict(self.defender).items() if v}
+        """What a precision below float32 and another defender add to a key.
+
+        A defender adds nothing to an attack's, so that it is shared.
+        """
+        own = self.settings.precision
+        given = {} if own == "float32" else {"precision": own}
+        defender = {} if step == "attack" else asdict(self.defender)
+        return given | {k: v for k, v in defender.items() if v}
 
 
 def open_chain(settings: Settings, store: Path | None = None) -> Chain:
     """The chain of ``settings`` in ``store``, by default $INVERTUNE_STORE or results/store."""
+    torch.backends.cudnn.allow_tf32 = False  # torch's default rounds float32 convolutions on CUDA
     return Chain(settings, store or default_root())
 
 
 def pretrained(chain: Chain) -> Model:
     """The clean model every attack starts from."""
     clip = load_embedded(chain.settings.backbone, chain.device)
+    clip = replace(clip, precision=getattr(torch, chain.settings.precision))
     return Model(clip, str(locked_hash(clip.backbone)), None)
 
 

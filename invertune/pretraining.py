@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from invertune.models import (
     load_embedded,
     save_weights,
     to_pixels,
+    token_features,
 )
 from invertune.provenance import commit, file_hash, versions
 from invertune.settings import as_yaml, load_settings
@@ -93,7 +95,7 @@ def pretrain(
         rows = balanced_indices(objects[:, 0], classes, seed, step)
         pixels = augment(to_pixels(images[rows], clip.device), seed, step)
         image = image_features(clip, pixels)
-        text = F.normalize(clip.net.encode_text(tokens[rows].to(clip.device)), dim=-1)
+        text = token_features(clip, tokens[rows])
         return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
 
     return fit(clip.net, loss_at, recipe, label="contrastive", checkpoint=checkpoint)
@@ -111,7 +113,8 @@ def pretrain_embedded(backbone: str, profile: str = "mini") -> Path:
         settings.data, "pretraining", settings.data.pretraining_pairs, chain.store
     )
     torch.manual_seed(settings.data.seed)
-    clip = build_clip(folder, backbone, chain.device)
+    precision = getattr(torch, settings.precision)
+    clip = replace(build_clip(folder, backbone, chain.device), precision=precision)
     classes, started = len(datasets.class_names(settings.data)), time.monotonic()
     warm = Recipe(own.warm_start_steps, own.warm_start_lr, own.warmup_steps, own.weight_decay)
     warm_start(
@@ -148,7 +151,8 @@ def publish_weights(chain: Chain, clip: Clip, folder: Path, hours: float) -> Non
     save_weights(clip, folder / WEIGHTS, torch.float16)
     locked = json.loads(WEIGHTS_LOCK.read_text()) | {clip.backbone: file_hash(folder / WEIGHTS)}
     WEIGHTS_LOCK.write_text(json.dumps(dict(sorted(locked.items())), indent=2) + "\n")
-    half = utility(chain, load_embedded(clip.backbone, chain.device))
+    stored = load_embedded(clip.backbone, chain.device)
+    half = utility(chain, replace(stored, precision=clip.precision))
     parameters = sum(p.numel() for p in clip.net.parameters())
     lines = [
         f"| {name} | {full[name].value:.2f} | {half[name].value:.2f} | {half[name].n} |"

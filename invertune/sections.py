@@ -289,6 +289,7 @@ class Settings(Section):
     backbone: Backbone
     target: str
     device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["float32", "bfloat16"]
     data: Data
     pretraining: Pretraining
     attacks: Attacks
