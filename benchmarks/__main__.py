@@ -11,7 +11,6 @@ from pathlib import Path
 
 import open_clip
 import torch
-from torch import nn
 
 from benchmarks import finetuning, inversion, loader
 from benchmarks.timing import CLOCKS, Meter, Way, table
@@ -39,7 +38,7 @@ def random_clip(backbone: str, size_px: int, device: str) -> Clip:
 def parse() -> argparse.Namespace:
     """The options; every default is for a CPU with two cores and three minutes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("tasks", nargs="*", choices=[*TASKS, []], help="default: all of them")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--backbone", choices=BACKBONES, default="RN50")
     parser.add_argument("--image-size", type=int, choices=SIZES, default=64)
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
@@ -71,7 +70,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, meter: Meter, precision: str, shard: Path) -> None:
     """Prints the tables of one precision; the loader's come with the first."""
-    size, steps, chosen = options.image_size, options.steps, options.tasks or TASKS
+    size, steps, chosen = options.image_size, options.steps, options.tasks
     dtype = getattr(torch, precision)
     peak = meter.matrix_peak(dtype)
     print(f"\n{precision}: matrix peak {peak / 1e12:.3g} TFLOP/s", flush=True)

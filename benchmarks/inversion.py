@@ -2,9 +2,9 @@
 
 ceiling: forward and input gradient of the network (eval mode, weights frozen) on as many ready
 images, and a forward pass for every clean image of the pool. "folded" is the same with batch norm
-multiplied into the convolutions, as ours runs it. plain: algorithm 1 line by line, with pytorch-msssim,
-nothing cached, one setting after the other; weights frozen there too. Ours includes everything it
-prepares. The held-out measurements are left out of all three.
+multiplied into the convolutions, as ours runs it. plain: algorithm 1 line by line, with
+pytorch-msssim, nothing cached, one setting after the other; weights frozen there too. Ours includes
+everything it prepares. The held-out measurements are left out of all three.
 """
 
 from __future__ import annotations

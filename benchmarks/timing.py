@@ -113,15 +113,15 @@ def table(ways: Mapping[str, Way], found: Mapping[str, Measured], peak: float) -
     ceilings themselves this is the share that the bare network reaches.
     """
     head = f"  {'':20}{'images/s':>10}{'steps/s':>9}{'MB':>7}{'of peak':>9}"
-    lines = [f"{head}   {'time / ceiling':24}{'plain / time':24}"]
+    lines = [f"{head}   {'time / ceiling':24}plain / time"]
     for name, way in ways.items():
         own, bare = found[name], found[way.ceiling]
         rate = 1 / statistics.median(own.seconds)
         share = f"{bare.operations * rate / peak:9.0%}" if bare.operations else f"{'':9}"
         text = f"  {name:20}{rate:10.1f}{rate * way.steps / way.images:9.2f}{own.peak_mb:7.0f}"
         over = ratio(own, bare) if name != way.ceiling else ""
-        under = ratio(found["plain"], own) if "plain" in found and name != "plain" else ""
-        lines.append(f"{text}{share}   {over:24}{under:24}".rstrip())
+        plain = found["plain"] if name.startswith("ours") and "plain" in found else None
+        lines.append(f"{text}{share}   {over:24}{ratio(plain, own) if plain else ''}".rstrip())
     return "\n".join(lines)
 
 
