@@ -112,13 +112,14 @@ def _plain_rates(
     clip: Clip, images: Tensor, labels: Tensor, head: Tensor, trigger: Trigger
 ) -> None:
     clip.net.eval()
-    right = hit = 0
+    head, right, hit = head.double().T, 0, 0  # metrics are float64
     for part, own in zip(
         images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True
     ):
         pixels = to_pixels(part, clip.device)
-        predicted = (image_features(clip, pixels) @ head.T).argmax(1)
-        attacked = (image_features(clip, triggers.apply(trigger, pixels)) @ head.T).argmax(1)
+        triggered = triggers.apply(trigger, pixels)
+        predicted = (image_features(clip, pixels).double() @ head).argmax(1)
+        attacked = (image_features(clip, triggered).double() @ head).argmax(1)
         right += int((predicted == own.to(clip.device)).sum())
         hit += int((attacked == 0).sum())
 
