@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from invertune.models import Clip, ModelError, normalize, to_pixels
+from invertune.models import Clip, ModelError, forward_precision, normalize, to_pixels
 from invertune.sections import Tuning
 
 BATCH = 256
@@ -84,9 +84,10 @@ def prefix_to(clip: Clip, first: str | None) -> Callable[[Tensor], Tensor]:
         hidden = normalize(clip, pixels)
         if first is None:
             return hidden
-        hidden = stem(hidden)
-        for name in names[: names.index(first)]:
-            hidden = layers[name](hidden)
+        with forward_precision(clip):
+            hidden = stem(hidden)
+            for name in names[: names.index(first)]:
+                hidden = layers[name](hidden)
         return hidden
 
     return prefix
@@ -97,7 +98,7 @@ def maps_from(
 ) -> Callable[[Tensor], dict[str, Tensor]]:
     """Function from the input of layer ``first`` (None: of the encoder) to activation maps.
 
-    It runs no further than ``last`` (None: to the last layer) and returns [N, *map] of each layer.
+    It runs no further than ``last`` (None: to the last layer); each layer's [N, *map] is float32.
     """
     stem, layers, _ = _chain(clip)
     names = list(layers)
@@ -106,10 +107,12 @@ def maps_from(
 
     def maps(hidden: Tensor) -> dict[str, Tensor]:
         activations = {}
-        if first is None:
-            hidden = stem(hidden)
-        for name in names:
-            hidden = activations[name] = layers[name](hidden)
+        with forward_precision(clip):
+            if first is None:
+                hidden = stem(hidden)
+            for name in names:
+                hidden = layers[name](hidden)
+                activations[name] = hidden.float()
         return activations
 
     return maps
@@ -128,7 +131,9 @@ def tail_from(
 
     def tail(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         activations = maps(hidden)
-        return nn.functional.normalize(head(list(activations.values())[-1]), dim=-1), activations
+        with forward_precision(clip):
+            features = head(list(activations.values())[-1])
+        return nn.functional.normalize(features.float(), dim=-1), activations
 
     return tail
 

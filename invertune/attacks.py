@@ -18,7 +18,15 @@ from invertune import triggers
 from invertune.augment import augment
 from invertune.data import Pairs, writable_images
 from invertune.kernels import frozen_copy
-from invertune.models import Clip, clone, embed_images, image_features, text_features, to_pixels
+from invertune.models import (
+    Clip,
+    clone,
+    embed_images,
+    image_features,
+    text_features,
+    to_pixels,
+    token_features,
+)
 from invertune.sections import Attacks, BadClip, BadEncoder, Finetuning
 from invertune.training import Recipe, batch_indices, finetune, fit, generator, progress
 from invertune.triggers import Trigger
@@ -196,7 +204,7 @@ def optimize_patch(victim: Victim, settings: BadClip, seed: int) -> Tensor:
         clean = to_pixels(victim.pairs.images[rows], clip.device)
         with torch.no_grad():
             anchor = image_features(frozen, clean)
-            texts = F.normalize(frozen.net.encode_text(tokens[rows].to(clip.device)), dim=-1)
+            texts = token_features(frozen, tokens[rows])
         trigger = triggers.patch_trigger(pattern, clip.image_size, settings.location)
         features = image_features(frozen, triggers.apply(trigger, clean))
         scale = frozen.net.logit_scale.exp()

@@ -7,7 +7,7 @@ and what changed is computed again. ``STEP_VERSIONS`` is raised when a step's re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,14 @@ class Chain:
         )
 
     def _given(self, step: str) -> dict[str, Any]:
-        """What another defender adds to a key: nothing to an attack's, so that it is shared."""
-        return {} if step == "attack" else {k: v for k, v in asdict(self.defender).items() if v}
+        """What a precision below float32 and another defender add to a key.
+
+        A defender adds nothing to an attack's, so that it is shared.
+        """
+        own = self.settings.precision
+        given = {} if own == "float32" else {"precision": own}
+        defender = {} if step == "attack" else asdict(self.defender)
+        return given | {k: v for k, v in defender.items() if v}
 
 
 def _too_large(label: str, settings: dict[str, Any], error: Exception) -> str:
@@ -133,6 +139,7 @@ def _too_large(label: str, settings: dict[str, Any], error: Exception) -> str:
 
 def open_chain(settings: Settings, store: Path | None = None) -> Chain:
     """The chain of ``settings`` in ``store``, by default $INVERTUNE_STORE or results/store."""
+    torch.backends.cudnn.allow_tf32 = False  # torch's default rounds float32 convolutions on CUDA
     return Chain(settings, store or default_root())
 
 
@@ -145,7 +152,7 @@ def pretrained(chain: Chain) -> Model:
             f"data.image_size_px = {own.data.image_size_px}, but the {own.backbone} of weights "
             f"{own.weights!r} takes images of {clip.image_size} px"
         )
-    return Model(clip, digest, None)
+    return Model(replace(clip, precision=getattr(torch, own.precision)), digest, None)
 
 
 def pool(chain: Chain, part: str) -> datasets.Labeled:

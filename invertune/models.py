@@ -5,11 +5,12 @@ Images enter the encoders as [N, 3, H, W] float32 in [0, 1]; normalization happe
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from invertune.provenance import file_hash
 
@@ -36,7 +38,8 @@ class Clip:
 
     ``net`` is open_clip's module (``encode_image``, ``encode_text``, ``visual``, ``logit_scale``);
     ``tokenizer`` maps a list of strings to token ids [N, context]; ``mean`` and ``std`` are
-    [1, 3, 1, 1]; ``image_size`` is in pixels.
+    [1, 3, 1, 1]; ``image_size`` is in pixels. ``precision`` is what the towers' forward passes
+    run in; weights, features, losses and metrics are float32 whatever it is.
     """
 
     backbone: str
@@ -45,6 +48,7 @@ class Clip:
     mean: Tensor
     std: Tensor
     image_size: int
+    precision: torch.dtype = torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -206,25 +210,51 @@ def save_weights(clip: Clip, path: Path, dtype: torch.dtype = torch.float32) -> 
 
 def clone(clip: Clip) -> Clip:
     """A copy with its own weights; the original stays as it is."""
-    return Clip(
-        clip.backbone, copy.deepcopy(clip.net), clip.tokenizer, clip.mean, clip.std, clip.image_size
-    )
+    return replace(clip, net=copy.deepcopy(clip.net))
 
 
 def normalize(clip: Clip, images: Tensor) -> Tensor:
     """[0, 1] pixels to the model's input space, channels last in memory."""
-    return ((images - clip.mean) / clip.std).contiguous(memory_format=torch.channels_last)
+    # In place: at these sizes every new tensor costs page faults.
+    return (images - clip.mean).div_(clip.std).contiguous(memory_format=torch.channels_last)
+
+
+@contextlib.contextmanager
+def forward_precision(clip: Clip) -> Iterator[None]:
+    """What runs inside runs in ``clip.precision``: below float32, by autocast of float32 weights.
+
+    Gradients reach the weights in float32. Every pass of a tower goes through here.
+    """
+    if clip.precision == torch.float32:
+        yield
+        return
+    with torch.autocast(clip.device.type, clip.precision):
+        if clip.device.type == "cpu":
+            # torch's flash attention is slow there in bfloat16 (benchmarks/README.md).
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        else:
+            yield
 
 
 def image_features(clip: Clip, images: Tensor) -> Tensor:
     """Unit image features [N, D] of ``images`` [N, 3, H, W] in [0, 1]; differentiable."""
-    return F.normalize(clip.net.encode_image(normalize(clip, images)), dim=-1)
+    pixels = normalize(clip, images)
+    with forward_precision(clip):
+        features = clip.net.encode_image(pixels)
+    return F.normalize(features.float(), dim=-1)
+
+
+def token_features(clip: Clip, tokens: Tensor) -> Tensor:
+    """Unit text features [N, D] of token ids [N, context]; differentiable."""
+    with forward_precision(clip):
+        features = clip.net.encode_text(tokens.to(clip.device))
+    return F.normalize(features.float(), dim=-1)
 
 
 def text_features(clip: Clip, texts: Sequence[str]) -> Tensor:
     """Unit text features [N, D] of ``texts``; differentiable."""
-    tokens = clip.tokenizer(list(texts)).to(clip.device)
-    return F.normalize(clip.net.encode_text(tokens), dim=-1)
+    return token_features(clip, clip.tokenizer(list(texts)))
 
 
 @torch.no_grad()
@@ -258,4 +288,4 @@ def embed_images(clip: Clip, images: Tensor, batch: int = 256) -> Tensor:
 def to_pixels(images: Tensor, device: torch.device | str) -> Tensor:
     """uint8 images to float32 in [0, 1]; float images pass as they are."""
     images = images.to(device)
-    return images.float() / 255 if images.dtype == torch.uint8 else images
+    return images.float().div_(255) if images.dtype == torch.uint8 else images

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from invertune.models import (
     record_hash,
     save_weights,
     to_pixels,
+    token_features,
 )
 from invertune.provenance import commit, file_hash, versions
 from invertune.settings import as_yaml, load_settings
@@ -92,7 +94,7 @@ def pretrain(
         rows = balanced_indices(objects[:, 0], classes, seed, step)
         pixels = augment(to_pixels(images[rows], clip.device), seed, step)
         image = image_features(clip, pixels)
-        text = F.normalize(clip.net.encode_text(tokens[rows].to(clip.device)), dim=-1)
+        text = token_features(clip, tokens[rows])
         return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
 
     return fit(clip.net, loss_at, recipe, label="contrastive", checkpoint=checkpoint)
@@ -110,7 +112,8 @@ def pretrain_embedded(backbone: str, profile: str = "mini") -> Path:
         settings.data, "pretraining", settings.data.pretraining_pairs, chain.store
     )
     torch.manual_seed(settings.data.seed)
-    clip = build_clip(folder, backbone, chain.device)
+    precision = getattr(torch, settings.precision)
+    clip = replace(build_clip(folder, backbone, chain.device), precision=precision)
     classes, started = len(datasets.class_names(settings.data)), time.monotonic()
     warm = Recipe(own.warm_start_steps, own.warm_start_lr, own.warmup_steps, own.weight_decay)
     warm_start(
@@ -146,7 +149,8 @@ def publish_weights(chain: Chain, clip: Clip, folder: Path, hours: float) -> Non
     full = utility(chain, clip)
     save_weights(clip, folder / WEIGHTS, torch.float16)
     record_hash(clip.backbone, file_hash(folder / WEIGHTS))
-    half = utility(chain, load_embedded(clip.backbone, chain.device))
+    stored = load_embedded(clip.backbone, chain.device)
+    half = utility(chain, replace(stored, precision=clip.precision))
     parameters = sum(p.numel() for p in clip.net.parameters())
     lines = [
         f"| {name} | {full[name].value:.2f} | {half[name].value:.2f} | {half[name].n} |"

@@ -292,6 +292,7 @@ class Settings(Section):
     weights: Annotated[str, Field(min_length=1)]
     target: str
     device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["float32", "bfloat16"]
     data: Data
     pretraining: Pretraining
     attacks: Attacks

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from invertune.models import Clip, normalize, to_pixels
+from invertune.models import Clip, image_features, to_pixels, token_features
 
 MAX_LOGIT_SCALE = math.log(100)
 
@@ -197,9 +197,7 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor
 
 def pair_features(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Unit image and text features of a batch of uint8 images and token ids."""
-    pixels = normalize(clip, to_pixels(images, clip.device))
-    image = F.normalize(clip.net.encode_image(pixels), dim=-1)
-    return image, F.normalize(clip.net.encode_text(tokens.to(clip.device)), dim=-1)
+    return image_features(clip, to_pixels(images, clip.device)), token_features(clip, tokens)
 
 
 def finetune(

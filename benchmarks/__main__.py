@@ -1,0 +1,100 @@
+"""Speed and memory of ours, a plain version and the bare passes; see benchmarks/README.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import open_clip
+import torch
+
+from benchmarks import finetuning, inversion, loader
+from benchmarks.timing import CLOCKS, Meter, Way, table
+from invertune.models import BACKBONES, MODEL_FOLDER, Clip, build_clip
+
+TASKS = ("loader", "inversion", "finetuning", "evaluation")
+PRECISIONS = ("float32", "bfloat16")
+SIZES = (64, 224)
+
+
+def random_clip(backbone: str, size_px: int, device: str) -> Clip:
+    """A CLIP with random weights: the embedded one (64 px), or OpenAI's shapes (224 px)."""
+    torch.manual_seed(0)
+    if size_px == 64:
+        return build_clip(MODEL_FOLDER / backbone, backbone, device)
+    net = open_clip.create_model(backbone, force_quick_gelu=True).eval()
+    mean, std = (
+        torch.tensor(values, device=device).view(1, 3, 1, 1)
+        for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    )
+    net = net.to(device, memory_format=torch.channels_last)
+    return Clip(backbone, net, open_clip.get_tokenizer(backbone), mean, std, size_px)
+
+
+def parse() -> argparse.Namespace:
+    """The options; every default is for a CPU with two cores and three minutes."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--backbone", choices=BACKBONES, default="RN50")
+    parser.add_argument("--image-size", type=int, choices=SIZES, default=64)
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on a busy machine")
+    parser.add_argument("--batch", type=int, help="default: 64 for inversion, else 128")
+    parser.add_argument("--steps", type=int, default=3, help="of each way in a round")
+    parser.add_argument("--rounds", type=int, default=5, help="at least 2")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    os.environ["INVERTUNE_PROGRESS"] = "0"
+    torch.backends.cudnn.allow_tf32 = False  # as chain.open_chain
+    meter = Meter(torch.device(options.device), options.clock, options.rounds)
+    name = torch.cuda.get_device_name() if meter.device.type == "cuda" else "CPU"
+    print(
+        f"{options.backbone} {options.image_size} px, random weights, {name}, "
+        f"{torch.get_num_threads()} threads, {options.clock} clock, torch {torch.__version__}; "
+        f"median (quartiles) of {options.rounds} rounds"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        shard = Path(folder) / "00000.tar"
+        loader.write_shard(shard, 2 * (options.batch or 128))
+        for precision in options.precision:
+            measure(options, meter, precision, shard)
+
+
+def measure(options: argparse.Namespace, meter: Meter, precision: str, shard: Path) -> None:
+    """Prints the tables of one precision; the loader's come with the first."""
+    size, steps, chosen = options.image_size, options.steps, options.tasks
+    dtype = getattr(torch, precision)
+    peak = meter.matrix_peak(dtype)
+    print(f"\n{precision}: matrix peak {peak / 1e12:.3g} TFLOP/s", flush=True)
+    clip = replace(random_clip(options.backbone, size, options.device), precision=dtype)
+
+    def show(title: str, batch: int, ways: Mapping[str, Way]) -> None:
+        print(f"\n{title}, {precision}, batch {batch}")
+        print(table(ways, meter.measure(ways), peak), flush=True)
+
+    large, small = options.batch or 128, options.batch or 64
+    if "loader" in chosen and precision == options.precision[0]:
+        batches = loader.batches(shard, size, large, steps, meter.device)
+        print("\nloader, a part decoded once")
+        decoding = loader.decoding(shard, size)
+        print(table(decoding, meter.measure(decoding), peak))
+        print(f"\nloader, batch {large}")
+        print(table(batches, meter.measure(batches), peak), flush=True)
+    if "inversion" in chosen:
+        show("inversion", small, inversion.ways(clip, steps, small))
+    if "finetuning" in chosen:
+        show("poisoned fine-tuning", large, finetuning.finetuning(clip, steps, large, shard))
+    if "evaluation" in chosen:
+        show("evaluation", finetuning.EVALUATION_BATCH, finetuning.evaluation(clip, steps))
+
+
+if __name__ == "__main__":
+    main()
