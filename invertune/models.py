@@ -6,6 +6,7 @@ Images enter the encoders as [N, 3, H, W] float32 in [0, 1]; normalization happe
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -167,6 +168,15 @@ def text_features(clip: Clip, texts: Sequence[str]) -> Tensor:
     """Unit text features [N, D] of ``texts``; differentiable."""
     tokens = clip.tokenizer(list(texts)).to(clip.device)
     return F.normalize(clip.net.encode_text(tokens), dim=-1)
+
+
+def text_digest(clip: Clip) -> str:
+    """SHA-256 of all weights but the visual ones: equal digests, equal text features."""
+    digest = hashlib.sha256(clip.backbone.encode())
+    for name, tensor in clip.net.state_dict().items():
+        if not name.startswith("visual."):
+            digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
