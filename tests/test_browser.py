@@ -56,9 +56,9 @@ class Lab:
         return [element.get_attribute("textContent") or "" for element in found]
 
     def click(self, selector: str) -> None:
-        """Clicks an element once it is there and can be clicked."""
-        wait = WebDriverWait(self.browser, LOAD_S, ignored_exceptions=[WebDriverException])
-        wait.until(lambda b: b.find_element(By.CSS_SELECTOR, selector).click() or True)
+        """Clicks an element once it is there, by itself: a pointer misses one that still moves."""
+        self.wait(selector)
+        self.browser.execute_script(f"document.querySelector('{selector}').click()")
 
     def wait(self, selector: str) -> None:
         """Waits for an element."""

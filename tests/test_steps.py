@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from invertune import data as datasets
 from invertune import reports, steps
-from invertune.chain import Chain, open_chain
+from invertune.chain import Chain, class_head, class_list, open_chain, pretrained
 from invertune.evaluation import evaluated
+from invertune.models import zero_shot_head
 from invertune.settings import load_settings
 
 QUICK = {
@@ -54,3 +56,16 @@ def test_rates_lie_in_their_intervals_and_grow_with_k(chain: Chain) -> None:
     rates = evaluated(chain, model, model.trigger, model.key, 0).metrics
     assert all(0 <= low <= value <= high <= 100 for value, _, low, high in rates.values())
     assert rates["zeroshot.asr.1"][0] <= rates["zeroshot.asr.3"][0] <= rates["zeroshot.asr.10"][0]
+
+
+def test_a_head_is_kept_while_the_text_side_stays(chain: Chain) -> None:
+    clip = pretrained(chain).clip
+    templates = datasets.templates(chain.settings.data)
+    head = class_head(chain, clip)
+    assert torch.equal(head, zero_shot_head(clip, class_list(chain), templates))
+    with torch.no_grad():
+        clip.net.visual.conv1.weight.mul_(2)
+        assert class_head(chain, clip) is head
+        clip.net.positional_embedding.mul_(2)
+    assert torch.equal(class_head(chain, clip), zero_shot_head(clip, class_list(chain), templates))
+    assert not torch.equal(class_head(chain, clip), head)
