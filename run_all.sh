@@ -42,7 +42,6 @@ fi
 use_environment
 if [ "$profile" = lab ]; then
   export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
-  exec "$python" -m jupyterlab --notebook-dir="$repository" --LabApp.news_url=None \
-    --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate "${@:2}"  # no connections
+  exec "$python" -m jupyterlab --notebook-dir="$repository" "${@:2}"
 fi
 exec "$python" tools/run_notebooks.py "$@"
