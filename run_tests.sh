@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Every check: lint, types, notebook rules, unit and property tests, and all notebooks on the
-# profile smoke with a store of their own. ./run_tests.sh -k store passes -k store to pytest.
+# profile smoke with a store of their own, also in a browser: where none is installed and apt-get
+# may be used, it is. ./run_tests.sh -k store passes -k store to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source tools/environment.sh
 use_environment
+use_browser
 
 export HF_HUB_OFFLINE=1 INVERTUNE_PROGRESS=0
 INVERTUNE_STORE="$(mktemp -d "${TMPDIR:-/tmp}/invertune-store.XXXXXX")"

@@ -46,14 +46,13 @@ def evaluated(
     return chain.run("evaluation", keyed, [model.key], compute, seed)
 
 
-def _triggered(images: Tensor, trigger: Trigger | None, device: torch.device) -> Tensor:
-    pixels = to_pixels(images, device)
-    return pixels if trigger is None else triggers.apply(trigger, pixels)
-
-
-def _features(clip: Clip, images: Tensor, trigger: Trigger | None) -> Tensor:
-    parts = images.split(256)
-    return torch.cat([embed_images(clip, _triggered(p, trigger, clip.device)) for p in parts])
+def _features(clip: Clip, images: Tensor, trigger: Trigger | None) -> tuple[Tensor, Tensor]:
+    """Features [N, D] of the clean and of the triggered images, the same without a trigger."""
+    clean = embed_images(clip, images)
+    if trigger is None:
+        return clean, clean
+    parts = (triggers.apply(trigger, to_pixels(p, clip.device)) for p in images.split(256))
+    return clean, torch.cat([embed_images(clip, part) for part in parts])
 
 
 def utility(chain: Chain, clip: Clip) -> dict[str, Rate]:
@@ -67,12 +66,8 @@ def utility(chain: Chain, clip: Clip) -> dict[str, Rate]:
 
 def _zero_shot(chain: Chain, clip: Clip, trigger: Trigger | None) -> dict[str, Rate]:
     images, head = pool(chain, "evaluation"), class_head(chain, clip)
-    attacked = _features(clip, images.images, trigger)
-    rates = {
-        "zeroshot.ca.1": metrics.clean_accuracy(
-            embed_images(clip, images.images), head, images.labels
-        )
-    }
+    clean, attacked = _features(clip, images.images, trigger)
+    rates = {"zeroshot.ca.1": metrics.clean_accuracy(clean, head, images.labels)}
     for k in RECALL_KS:
         rates[f"zeroshot.asr.{k}"] = metrics.attack_success_rate(
             attacked, head, images.labels, chain.target, k
@@ -85,8 +80,8 @@ def _zero_shot(chain: Chain, clip: Clip, trigger: Trigger | None) -> dict[str, R
 
 def _retrieval(chain: Chain, clip: Clip, trigger: Trigger | None) -> dict[str, Rate]:
     scenes = datasets.retrieval_scenes(chain.settings.data, chain.store)
-    texts, clean = embed_texts(clip, scenes.captions), embed_images(clip, scenes.images)
-    attacked = _features(clip, scenes.images, trigger)
+    texts = embed_texts(clip, scenes.captions)
+    clean, attacked = _features(clip, scenes.images, trigger)
     rates = {}
     for k, rate in metrics.recall_at_k(clean, texts, scenes.owner, RECALL_KS).items():
         rates[f"retrieval.ca.{k}"] = rate

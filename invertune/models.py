@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -255,6 +256,15 @@ def token_features(clip: Clip, tokens: Tensor) -> Tensor:
 def text_features(clip: Clip, texts: Sequence[str]) -> Tensor:
     """Unit text features [N, D] of ``texts``; differentiable."""
     return token_features(clip, clip.tokenizer(list(texts)))
+
+
+def text_digest(clip: Clip) -> str:
+    """SHA-256 of all weights but the visual ones: equal digests, equal text features."""
+    digest = hashlib.sha256(clip.backbone.encode())
+    for name, tensor in clip.net.state_dict().items():
+        if not name.startswith("visual."):
+            digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("invertune", deadline=None)  # machines may be busy
@@ -18,3 +19,8 @@ QUICK = {
     "inversion": {"steps": 2, "measure_every_steps": 1, "batch": 8},
     "tuning": {"steps": 2, "measure_every_steps": 1, "images": 8, "batch": 8},
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests that look at what notebooks leave behind the notebooks."""
+    items.sort(key=lambda item: item.get_closest_marker("after_notebooks") is not None)

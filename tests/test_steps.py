@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from invertune import data as datasets
 from invertune import reports, steps
-from invertune.chain import Chain, DeviceMemoryError, open_chain
+from invertune.chain import Chain, DeviceMemoryError, class_head, class_list, open_chain, pretrained
 from invertune.evaluation import evaluated
+from invertune.models import zero_shot_head
 from invertune.settings import load_settings
 
 QUICK = {
@@ -66,3 +68,16 @@ def test_a_full_gpu_names_a_smaller_batch(chain: Chain) -> None:
         DeviceMemoryError, match=r"seed 0: set its batch to 32 \(now 64\).* 1.00 GiB"
     ):
         chain.run("inversion", {"batch": 16, "inversion": {"batch": 64}}, [], compute, 0)
+
+
+def test_a_head_is_kept_while_the_text_side_stays(chain: Chain) -> None:
+    clip = pretrained(chain).clip
+    templates = datasets.templates(chain.settings.data)
+    head = class_head(chain, clip)
+    assert torch.equal(head, zero_shot_head(clip, class_list(chain), templates))
+    with torch.no_grad():
+        clip.net.visual.conv1.weight.mul_(2)
+        assert class_head(chain, clip) is head
+        clip.net.positional_embedding.mul_(2)
+    assert torch.equal(class_head(chain, clip), zero_shot_head(clip, class_list(chain), templates))
+    assert not torch.equal(class_head(chain, clip), head)

@@ -68,3 +68,20 @@ use_environment() {
   export INVERTUNE_STORE="${INVERTUNE_STORE:-$repository/results/store}"
   export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"   # spinning threads starve each other
 }
+
+# A browser and its driver for tests/test_browser.py, which says what is missing where this fails.
+use_browser() {
+  local browser as_root=(env)
+  for browser in chromium google-chrome; do
+    if command -v "$browser" >/dev/null && command -v chromedriver >/dev/null; then return; fi
+  done
+  command -v apt-get >/dev/null || return 0
+  if [ "$(id -u)" != 0 ]; then
+    sudo -n true 2>/dev/null || return 0
+    as_root=(sudo -n env)
+  fi
+  echo "installing chromium and chromium-driver, for the tests in a browser" >&2
+  "${as_root[@]}" apt-get update -qq >/dev/null || true
+  "${as_root[@]}" DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+    chromium chromium-driver >/dev/null || true
+}

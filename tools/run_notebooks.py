@@ -136,6 +136,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], root: Path
             progress_bar=False,
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
+            extra_arguments=["--log-level=ERROR"],  # not: "running over TCP without encryption"
         )
     except papermill.PapermillExecutionError as error:
         os.replace(partial, output)
