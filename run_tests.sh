@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source tools/environment.sh
 use_environment
 use_browser
+use_snakemake
 
 export HF_HUB_OFFLINE=1 INVERTUNE_PROGRESS=0
 INVERTUNE_STORE="$(mktemp -d "${TMPDIR:-/tmp}/invertune-store.XXXXXX")"

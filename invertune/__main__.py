@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import sys
 from collections.abc import Sequence
 
 from invertune import plan
-from invertune.settings import load_settings
+from invertune.settings import SettingsError, load_settings
+
+TRAINING = ("01_attacks", "05_baselines", "06_generalization")  # what the command fill is for
 
 # Modules that import torch are imported late: a wrong argument should not wait seconds for it.
 
@@ -17,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0, 1 (a check failed) or 2 (a wrong argument, a full disk)."""
     options = _parser().parse_args(arguments)
     try:
+        if "TORCHELASTIC_RUN_ID" in os.environ and options.run is not _fill:
+            raise SettingsError("torchrun is for the command fill only; run this one without it")
         return options.run(options)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
@@ -24,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except Exception as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+        line = f"error: {explain(error)}"
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OSError):
+            print(line, file=sys.stderr)  # torchrun's processes fail alike: once is enough
         return 2
 
 
@@ -55,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     pretrain = add("pretrain", _pretrain, "pretrains a shipped model; goes on where it was killed")
     pretrain.add_argument("backbone")
     pretrain.add_argument("profile", nargs="?", default="mini")
+    plan.add_options(add("fill", _fill, "trains what the store lacks; also under torchrun"))
     add("publish", _publish, "makes a profile's results the expected ones").add_argument("profile")
     plan.add_options(add("plan", plan.show, "steps, exposures, minutes and memory of a run"))
     store = add("store", _store, "lists, shows or verifies stored artifacts")
@@ -84,6 +93,34 @@ def _pretrain(options: argparse.Namespace) -> int:
     from invertune import pretraining
 
     pretraining.pretrain_embedded(options.backbone, options.profile)
+    return 0
+
+
+def _fill(options: argparse.Namespace) -> int:
+    """The long trainings of notebooks 01, 05 and 06, which then find them in the store."""
+    settings, only = load_settings(options.profile, plan.overrides_of(options)), options.only or ""
+    if not any(name.startswith(only) for name in TRAINING):
+        raise SettingsError(f"--only {only!r} trains nothing; choose one of {', '.join(TRAINING)}")
+    from invertune import defenses, distributed, generalization, steps
+    from invertune.chain import open_chain
+
+    distributed.start()
+    chain, attacks = open_chain(settings), settings.attacks.names
+    attack, others = settings.generalization.attack, settings.generalization.defenses
+    for seed in settings.seeds:
+        if TRAINING[0].startswith(only):
+            for name in (*attacks, "clean_finetuned"):
+                steps.attacked(chain, name, seed)
+        if TRAINING[1].startswith(only):
+            for name, defense in itertools.product(attacks, settings.baselines.names):
+                defenses.baseline(chain, defense, name, seed)
+        for case in generalization.cases(chain) if TRAINING[2].startswith(only) else ():
+            if case.shipped:
+                steps.attacked(case.chain, attack, seed)
+                own = generalization.with_rates(case, chain, seed)
+                for defense in (d for d in others if d != "invertune"):
+                    defenses.baseline(own, defense, attack, seed)
+    distributed.stop()
     return 0
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invertune import triggers
+from invertune import distributed, triggers
 from invertune.augment import augment
 from invertune.data import Pairs, writable_images
 from invertune.kernels import frozen_copy
@@ -150,7 +150,8 @@ def badencoder(victim: Victim, settings: Attacks, seed: int, work: Path) -> Pois
         clean_references = image_features(victim.clip, references)
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        images = to_pixels(shadow[batch_indices(len(shadow), own.batch, seed, step)], clip.device)
+        rows = distributed.share(batch_indices(len(shadow), own.batch, seed, step))
+        images = to_pixels(shadow[rows], clip.device)
         with torch.no_grad():
             clean = image_features(victim.clip, images)
         attack = -(
@@ -221,7 +222,7 @@ def optimize_patch(victim: Victim, settings: BadClip, seed: int) -> Tensor:
         optimizer.step()
         with torch.no_grad():
             pattern.clamp_(0, 1)
-    return pattern.detach()
+    return distributed.from_first(pattern.detach().cpu()).to(clip.device)
 
 
 ATTACKS: Mapping[str, Callable[[Victim, Attacks, int, Path], Poisoned]] = {

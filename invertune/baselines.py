@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from invertune import distributed
 from invertune.augment import auto_augment, noise_and_erase
 from invertune.data import Pairs
 from invertune.kernels import frozen_copy
@@ -105,7 +106,7 @@ def ft(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int
     tokens = clip.tokenizer(list(pairs.captions))
 
     def terms(rows: Tensor, step: int) -> Terms:
-        image, text = pair_features(clip, pairs.images[rows], tokens[rows])
+        image, text = pair_features(clip, pairs.images, tokens, rows)
         return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
 
     return terms
@@ -289,7 +290,8 @@ def defend(
     runs: dict[float, Trained] = {}
 
     def accuracy(clip: Clip) -> float:
-        return clean_accuracy(embed_images(clip, heldout), head_of(clip), heldout_labels).value
+        rate = clean_accuracy(embed_images(clip, heldout), head_of(clip), heldout_labels)
+        return distributed.from_first(rate.value)
 
     def accuracy_at(lr: float) -> float:
         checkpoint = work / f"{name}-{lr:g}.safetensors"

@@ -32,6 +32,7 @@ STEP_VERSIONS = {
     "evaluation": 1,
     "scores": 1,
 }
+TRAINED_TOGETHER = ("attack", "baseline", "rebound")  # by all processes of a torchrun
 NULLS = ("none", "clean_finetuned")
 
 
@@ -117,6 +118,7 @@ class Chain:
             seed,
             label=label,
             device=str(self.device),
+            together=step in TRAINED_TOGETHER,
         )
 
     def _given(self, step: str) -> dict[str, Any]:

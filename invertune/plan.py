@@ -175,9 +175,9 @@ def _passes(section: Any) -> int:
 
 def report(settings: Settings, held: Sequence[str], only: str | None = None) -> str:
     """The plan as text. ``held`` names the step of every artifact in the store."""
-    rates, size = json.loads(RATES.read_text()), settings.data.image_size_px
-    measured = rates["image_size_px"] == size
-    speeds, peaks = (rates[k] if measured else {} for k in ("images_per_second", "peak_mb"))
+    size = settings.data.image_size_px
+    rates = next((r for r in json.loads(RATES.read_text()) if r["image_size_px"] == size), {})
+    speeds, peaks = (rates.get(k, {}) for k in ("images_per_second", "peak_mb"))
     chosen = [w for w in planned(settings) if w.notebook.startswith(only or "")]
     minutes = [w.total / speeds.get(w.rate, math.nan) / 60 for w in chosen]
     known = chosen and all(w.rate in peaks for w in chosen)
@@ -196,7 +196,7 @@ def report(settings: Settings, held: Sequence[str], only: str | None = None) -> 
             f"{'total':47}{sum(w.total for w in chosen):13,}{_text(sum(minutes)):>14}",
             "",
             f"memory: {memory}",
-            f"rates measured on: {rates['device']}",
+            f"rates measured on: {rates.get('device', f'nothing yet at {size} px')}",
             "baselines are counted with every rate; a run stops at the first that qualifies",
             f"the store holds: {steps}; what it holds for these settings is "
             "found in 0 s and not computed again",

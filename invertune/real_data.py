@@ -18,6 +18,7 @@ import open_clip
 import torch
 from torch import Tensor
 
+from invertune import distributed
 from invertune.cc3m import caption_source, pair_samples
 from invertune.decoding import decode_all, map_images
 from invertune.layouts import (
@@ -190,8 +191,9 @@ def _part(data: Data, name: str, count: int, store: Path, choose: Callable[[Path
         f"images for {name}",
     )
     artifact = find()
-    if not _complete(artifact):
-        shutil.rmtree(artifact.folder)
+    if not distributed.from_first(_complete(artifact)):
+        if distributed.first():
+            shutil.rmtree(artifact.folder)
         artifact = find()
     file = _pixels(artifact)
     labels = artifact.tensors("labels")["labels"]

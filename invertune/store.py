@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from invertune import provenance
+from invertune import distributed, provenance
 
 METRICS, META = "metrics.json", "meta.json"
 WORK, PARTIAL, LOCKS, DAMAGED = ".work", ".partial", ".locks", ".damaged"
@@ -125,24 +125,34 @@ def obtain(
     seed: int,
     label: str | None = None,
     device: str = "cpu",
+    together: bool = False,
 ) -> Artifact:
     """Finds the artifact of these settings and ``seed``, or computes and keeps it.
 
     ``compute(work)`` returns ({file stem: tensors}, metrics); what it writes below ``work``
     (checkpoints) outlives a kill and is removed once the artifact is stored. Two processes never
     compute the same key: the second waits. ``settings`` gets the seed, so each seed has its key.
+    Under torchrun the first process computes and writes; the others compute along where the step
+    is done ``together``, and wait.
     Raises ``StoreError`` where the disk is full or the metrics are no plain JSON.
     """
     parts = (step, version, {**settings, "seed": seed}, list(upstream), data)
     key = artifact_key(*parts)
     entry, name = Artifact(key, root / key), label or step
-    if _found(entry, name):
-        return entry
-    with _locked(entry, name):
-        if not _found(entry, name):
-            _clear(entry, name)
-            identity = {**dict(zip(IDENTITY, parts, strict=True)), "seed": seed}
-            _make(entry, name, compute, identity, device)
+    if not distributed.first():
+        while distributed.from_first(False):
+            compute(entry.beside(WORK))
+    elif not _found(entry, name):
+        with _locked(entry, name):
+            if not _found(entry, name):
+                _clear(entry, name)
+                if together and (count := distributed.processes()) > 1:
+                    device = f"{count} x {device}"
+                    distributed.from_first(True)
+                identity = {**dict(zip(IDENTITY, parts, strict=True)), "seed": seed}
+                _make(entry, name, compute, identity, device)
+    if distributed.first():
+        distributed.from_first(False)  # it is there: the others need not wait any more
     return entry
 
 
@@ -171,7 +181,7 @@ def _clear(entry: Artifact, name: str) -> None:
 
 def _make(entry: Artifact, name: str, compute: Compute, identity: Values, device: str) -> None:
     work, partial, root = entry.beside(WORK), entry.beside(PARTIAL), entry.folder.parent
-    cuda = device.startswith("cuda")
+    cuda = "cuda" in device
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     start, needed = time.perf_counter(), 0

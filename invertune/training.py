@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
+from invertune import distributed
 from invertune.models import Clip, image_features, to_pixels, token_features
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -74,6 +75,7 @@ def fit(
     log, a row per ``log_every`` steps. Raises ``TrainingError`` at the first loss or
     gradient that is not finite, before it reaches the weights or the checkpoint.
     """
+    distributed.share_batch_norm(net)
     parameters = {n: p for n, p in net.named_parameters() if p.requires_grad}
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters.values() if p.ndim >= 2]},
@@ -89,6 +91,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         terms = loss_at(step)
         terms["loss"].backward()
+        terms = distributed.average((p.grad for p in parameters.values()), terms)
         slope = get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
         if not (torch.isfinite(terms["loss"]) and torch.isfinite(slope)):
             raise TrainingError(
@@ -98,7 +101,7 @@ def fit(
         optimizer.step()
         if step % log_every == 0 or step == recipe.steps - 1:
             log.append({"step": step, **{k: v.item() for k, v in terms.items()}})
-        if checkpoint and (step + 1) % save_every == 0:
+        if checkpoint and distributed.first() and (step + 1) % save_every == 0:
             _save(net, parameters, optimizer, checkpoint, step + 1, log)
     return log
 
@@ -195,9 +198,20 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def pair_features(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit image and text features of a batch of uint8 images and token ids."""
-    return image_features(clip, to_pixels(images, clip.device)), token_features(clip, tokens)
+def pair_features(
+    clip: Clip, images: Tensor, tokens: Tensor, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Unit image and text features of uint8 images and token ids: of all, or of the batch ``rows``.
+
+    Under torchrun each process encodes its share of the batch, and all get the whole.
+    """
+    if rows is None:
+        images, tokens = distributed.share(images), distributed.share(tokens)
+    else:
+        own = distributed.share(rows)
+        images, tokens = images[own], tokens[own]
+    image = image_features(clip, to_pixels(images, clip.device))
+    return distributed.gather(image, token_features(clip, tokens))
 
 
 def finetune(
@@ -221,7 +235,7 @@ def finetune(
 
     def loss_at(step: int) -> dict[str, Tensor]:
         rows = pair_indices(len(images), batch, seed, step, cycled)
-        image, text = pair_features(clip, images[rows], tokens[rows])
+        image, text = pair_features(clip, images, tokens, rows)
         return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
 
     log = fit(clip.net, loss_at, recipe, label=label, checkpoint=work / "finetuning.safetensors")

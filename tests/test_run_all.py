@@ -251,6 +251,8 @@ def test_a_failing_notebook_is_one_line_and_keeps_its_traceback(tmp_path):
     assert not executed.with_suffix(".done.json").exists()
 
 
-@pytest.mark.parametrize("script", ["run_all.sh", "run_tests.sh", "tools/environment.sh"])
+@pytest.mark.parametrize(
+    "script", ["run_all.sh", "run_tests.sh", "tools/environment.sh", "workflow/run.sh"]
+)
 def test_scripts_are_sound_bash(script):
     subprocess.run(["bash", "-n", REPOSITORY / script], check=True)

@@ -1,7 +1,9 @@
-# Sourced by run_all.sh and run_tests.sh: makes the environment where it is missing, and sets
+# Sourced by run_all.sh, run_tests.sh and workflow/run.sh: makes the environment where it is missing, and sets
 # $python. INVERTUNE_VENV names an environment to use instead (a conda prefix, for example).
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+environments="${XDG_CACHE_HOME:-$HOME/.cache}/invertune"
 
 fail() {
   echo "error: $*" >&2
@@ -21,7 +23,7 @@ find_python() {
 }
 
 lock_hash() {
-  "$1" - "$repository/requirements.lock" <<'PY'
+  "$1" - "$repository/$2" <<'PY'
 import hashlib, sys
 print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest()[:12])
 PY
@@ -29,7 +31,7 @@ PY
 
 # A file beside the folder marks an environment that is not finished: a killed run starts it anew.
 make_environment() {
-  local base="$1" venv="$2" free_mb
+  local base="$1" venv="$2" lock="$3" mb="$4" free_mb
   mkdir -p "$(dirname "$venv")" || fail "cannot make $(dirname "$venv")"
   exec 9>"$venv.lock"
   if command -v flock >/dev/null && ! flock -n 9; then
@@ -38,14 +40,14 @@ make_environment() {
   fi
   if [ ! -x "$venv/bin/python" ] || [ -e "$venv.unfinished" ]; then
     free_mb=$(df -Pm "$(dirname "$venv")" | awk 'NR == 2 {print $4}')
-    [ "$free_mb" -ge 8000 ] ||
-      fail "$venv needs about 8,000 MB and $free_mb MB are free; make room or set INVERTUNE_VENV"
-    echo "making the environment $venv (once, about 6 GB, a few minutes)" >&2
+    [ "$free_mb" -ge "$mb" ] ||
+      fail "$venv needs about $mb MB and $free_mb MB are free; make room or set INVERTUNE_VENV"
+    echo "making the environment $venv (once, up to $mb MB, a few minutes)" >&2
     touch "$venv.unfinished"
     "$base" -m venv --clear "$venv" || fail "$base could not make $venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
-      --require-hashes --only-binary :all: -r "$repository/requirements.lock" ||
-      fail "installing requirements.lock into $venv failed (see above); run again to retry"
+      --require-hashes --only-binary :all: "${@:5}" -r "$repository/$lock" ||
+      fail "installing $lock into $venv failed (see above); run again to retry"
     rm "$venv.unfinished"
   fi
   exec 9>&-
@@ -58,8 +60,8 @@ use_environment() {
     venv="$INVERTUNE_VENV"
   else
     base="$(find_python)" || exit 2
-    venv="${INVERTUNE_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/invertune/venv-$(lock_hash "$base")}"
-    make_environment "$base" "$venv"
+    venv="${INVERTUNE_VENV:-$environments/venv-$(lock_hash "$base" requirements.lock)}"
+    make_environment "$base" "$venv" requirements.lock 8000
   fi
   python="$venv/bin/python"
   export PATH="$venv/bin:$PATH"                 # "python" in a kernel specification is this one
@@ -84,4 +86,16 @@ use_browser() {
   "${as_root[@]}" apt-get update -qq >/dev/null || true
   "${as_root[@]}" DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
     chromium chromium-driver >/dev/null || true
+}
+
+# Snakemake only dispatches, so it has an environment of its own and its versions change no result.
+# Call it after use_environment: the jobs find papermill first.
+use_snakemake() {
+  local base venv lock=workflow/requirements.lock
+  if ! command -v snakemake >/dev/null; then
+    base="$(find_python)" || exit 2
+    venv="$environments/snakemake-$(lock_hash "$base" "$lock")"
+    make_environment "$base" "$venv" "$lock" 500 --no-binary connection-pool  # has no wheel
+    export PATH="$PATH:$venv/bin"
+  fi
 }

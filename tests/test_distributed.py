@@ -1,0 +1,159 @@
+"""Two gloo processes train as one does; this file is also what torchrun starts in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from invertune import distributed
+from invertune.__main__ import main
+from invertune.models import Clip
+from invertune.store import entries
+from invertune.training import Recipe, contrastive_loss, finetune, fit, generator, pair_features
+
+SIZE, BATCH = 32, 8
+VIT = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 16, "image_size": SIZE}
+RESNET = {"layers": [1, 1, 1, 1], "width": 8, "image_size": SIZE}
+TEXT = {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
+RECIPE = Recipe(4, 0.01, warmup=2)
+FILL = """
+attacks: {names: [badencoder], badencoder: {steps: 3, batch: 8, lr: 0.00001}}
+baselines: {names: [par], pairs: 42, par: {steps: 3, batch: 8, lrs: [0.00001]}}
+data: {poisoning_pairs: 210, heldout_images: 42}
+"""
+
+
+def tiny(vision: dict[str, Any]) -> Clip:
+    """A random CLIP in float64, in which the order of a sum hardly matters."""
+    torch.manual_seed(0)
+    net = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=TEXT).double()
+    mean, std = (torch.full((1, 3, 1, 1), 0.5, dtype=torch.float64) for _ in "ms")
+
+    def tokenizer(texts: list[str]) -> Tensor:
+        return torch.tensor([[int(text) % 19, *range(4), 19] for text in texts])
+
+    return Clip("tiny", net, tokenizer, mean, std, SIZE)
+
+
+def pairs() -> tuple[Tensor, list[str]]:
+    shape = (24, 3, SIZE, SIZE)
+    images = torch.randint(256, shape, generator=generator(0), dtype=torch.uint8)
+    return images, [str(i) for i in range(24)]
+
+
+def train_vit(work: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    clip = tiny(VIT)
+    log = finetune(clip, *pairs(), RECIPE, BATCH, 0, work, cycled=False)
+    return clip.net.state_dict(), log
+
+
+def train_resnet() -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Contrastive, with BatchNorm in eval mode."""
+    clip, (images, captions) = tiny(RESNET), pairs()
+    clip.net.eval()
+    tokens = clip.tokenizer(captions)
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        rows = torch.arange(BATCH) + step
+        both = pair_features(clip, images, tokens, rows)
+        return {"loss": contrastive_loss(*both, clip.net.logit_scale)}
+
+    return clip.net.state_dict(), fit(clip.net, loss_at, RECIPE)
+
+
+def refusal(vision: dict[str, Any], batch: int) -> str:
+    clip = tiny(vision)
+    with pytest.raises(distributed.DistributedError) as caught:
+        finetune(clip, *pairs(), RECIPE, batch, 0, Path("unused"), cycled=False)
+    return str(caught.value)
+
+
+def in_each_process(out: Path) -> int:
+    """What torchrun runs: saves outcomes for the tests below, then fills a store."""
+    distributed.start()
+    (vit, vit_log), (resnet, resnet_log) = train_vit(out), train_resnet()
+    said = [refusal(RESNET, BATCH), refusal(VIT, 7)]
+    if distributed.first():
+        save_file(vit, out / "vit.safetensors")
+        save_file(resnet, out / "resnet.safetensors")
+        (out / "said.json").write_text(json.dumps([vit_log, resnet_log, said]))
+    return main(["fill", "smoke", "--only", "05", "--overrides", FILL])
+
+
+def start(program: list[str], store: Path) -> subprocess.CompletedProcess[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    root = Path(__file__).resolve().parents[1]
+    more = {"INVERTUNE_STORE": str(store), "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*torchrun, *program], cwd=root, env={**os.environ, **more}, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("two")
+    done = start([__file__, str(out)], out / "store")
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], within: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=within, msg=name)
+
+
+def test_two_processes_train_a_vit_and_a_resnet_in_eval_mode_as_one_does(ended, tmp_path):
+    out, _ = ended
+    logs = json.loads((out / "said.json").read_text())
+    for name, (state, log), theirs in zip(
+        ("vit", "resnet"), (train_vit(tmp_path), train_resnet()), logs[:2], strict=True
+    ):
+        assert_close(state, load_file(out / f"{name}.safetensors"), 1e-9)
+        for own, other in zip(log, theirs, strict=True):
+            assert other == pytest.approx(own, abs=1e-9)
+        start = tiny(VIT if name == "vit" else RESNET).net.state_dict()
+        assert max((state[k] - start[k]).abs().max() for k in start) > 0.01  # it did train
+
+
+def test_what_cannot_be_divided_is_refused_with_the_reason(ended):
+    resnet, batch = json.loads((ended[0] / "said.json").read_text())[2]
+    assert "SyncBatchNorm, which exists on CUDA only, not on gloo" in resnet
+    assert batch.startswith("a batch of 7 cannot be divided among 2 processes")
+
+
+def test_fill_leaves_the_artifacts_that_one_process_looks_for(ended, monkeypatch, tmp_path):
+    out, printed = ended
+    monkeypatch.setenv("INVERTUNE_STORE", str(tmp_path))
+    assert main(["fill", "smoke", "--only", "05", "--overrides", FILL]) == 0
+    one, two = entries(tmp_path), entries(out / "store")
+    assert [a.key for a in one] == [a.key for a in two]
+    assert printed.count("stored (") == len(two)  # by the first process alone
+    trained = [both for both in zip(one, two, strict=True) if "log" in both[0].metrics]
+    assert len(trained) == 2  # the others are images
+    for own, other in trained:
+        assert other.meta["device"] == f"2 x {own.meta['device']}"
+        assert own.metrics["log"][-1] == pytest.approx(other.metrics["log"][-1], abs=1e-4)
+        assert_close(own.tensors("weights"), other.tensors("weights"), 1e-5)  # rate 1e-5, 3 steps
+
+
+def test_torchrun_is_for_fill_only(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert main(["check"]) == 2
+    assert capsys.readouterr().err == (
+        "error: torchrun is for the command fill only; run this one without it\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(in_each_process(Path(sys.argv[1])))
