@@ -30,6 +30,8 @@ NEEDED = ("data", "expected", "invertune", "notebooks", "params", "tools", "run_
 NOTEBOOKS = sorted(path.stem for path in (REPOSITORY / "notebooks").glob("*.ipynb"))
 TOKEN = secrets.token_hex(16)
 LOAD_S, RUN_S = 120, 900  # on a busy machine, and from an empty store
+PACE_S = 2
+RAN = re.compile(r"\[\d+\]:")
 INSTALL = (
     "no browser to drive: install chromium and chromium-driver "
     "(apt-get install chromium chromium-driver), or Google Chrome and chromedriver"
@@ -67,27 +69,30 @@ class Lab:
 
     def run_through(self, name: str) -> None:
         """Opens a notebook, restarts it and runs all cells, until the last one or an error."""
-        self.browser.get(f"{self.url}/lab/tree/notebooks/{name}.ipynb?token={TOKEN}&reset")
-        self.wait(IDLE)
-        assert any(self.restart() for _ in range(3)), "no cell has begun"
+        page = f"{self.url}/lab/tree/notebooks/{name}.ipynb?token={TOKEN}&reset"
+        assert any(self.begin(page) for _ in range(3)), "no cell was run"
         WebDriverWait(self.browser, RUN_S).until(lambda _: self.texts(ERROR) or self.finished())
         self.wait(IDLE)
 
-    def restart(self) -> bool:
-        """Whether cells run: Lab drops a restart that is asked for while it still connects."""
+    def begin(self, page: str) -> bool:
+        """Whether the first cell, which only sets names, was run after a restart.
+
+        Lab loses a restart that comes while it still connects: hence a person's pace, and retries.
+        """
+        self.browser.get(page)
+        self.wait(IDLE)
+        time.sleep(PACE_S)
         self.click(RESTART)
         self.click(ACCEPT)
+        wait = WebDriverWait(self.browser, LOAD_S / 2)
         try:
-            WebDriverWait(self.browser, LOAD_S / 2).until(
-                lambda _: set(self.texts(PROMPTS)) != {"[ ]:"}
-            )
+            return wait.until(lambda _: any(map(RAN.fullmatch, self.texts(PROMPTS))))
         except TimeoutException:
             return False
-        return True
 
     def finished(self) -> bool:
         """Whether every code cell has a number: none has one in a committed notebook."""
-        return all(re.fullmatch(r"\[\d+\]:", text) for text in self.texts(PROMPTS))
+        return all(map(RAN.fullmatch, self.texts(PROMPTS)))
 
 
 def start_browser() -> webdriver.Chrome:
