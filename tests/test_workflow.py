@@ -100,3 +100,5 @@ def test_the_grid_of_the_paper_trains_in_as_many_processes_as_a_job_has_gpus(fol
     narrow = """'{"seeds": [2], "attacks": {"names": ["sig"]}}'"""
     assert f"{fill} {narrow} && papermill notebooks/01_attacks.ipynb" in out
     assert out.count("torchrun") == count["attack"]
+    beside = r'"attacks": {"names": ["badclip", "sig"]}, "baselines": {"names": ["par"]}'
+    assert beside in out  # notebook 05 draws the rebound, which is BadCLIP's
