@@ -36,7 +36,7 @@ def random_clip(backbone: str, size_px: int, device: str) -> Clip:
 
 
 def parse() -> argparse.Namespace:
-    """The options; every default is for a CPU with two cores and three minutes."""
+    """The options; the defaults suit a CPU with two cores."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--backbone", choices=BACKBONES, default="RN50")
