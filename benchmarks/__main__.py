@@ -36,7 +36,7 @@ def random_clip(backbone: str, size_px: int, device: str) -> Clip:
 
 
 def parse() -> argparse.Namespace:
-    """The options; every default is for a CPU with two cores and three minutes."""
+    """The options; the defaults suit a CPU with two cores."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--backbone", choices=BACKBONES, default="RN50")
@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on a busy machine")
-    parser.add_argument("--batch", type=int, help="default: 64 for inversion, else 128")
+    parser.add_argument("--batch", type=int, help="default: 64, 128 and 256")
     parser.add_argument("--steps", type=int, default=3, help="of each way in a round")
     parser.add_argument("--rounds", type=int, default=5, help="at least 2")
     return parser.parse_args()
@@ -93,7 +93,8 @@ def measure(options: argparse.Namespace, meter: Meter, precision: str, shard: Pa
     if "finetuning" in chosen:
         show("poisoned fine-tuning", large, finetuning.finetuning(clip, steps, large, shard))
     if "evaluation" in chosen:
-        show("evaluation", finetuning.EVALUATION_BATCH, finetuning.evaluation(clip, steps))
+        whole = options.batch or 256
+        show("evaluation", whole, finetuning.evaluation(clip, steps, whole))
 
 
 if __name__ == "__main__":

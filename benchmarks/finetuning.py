@@ -30,7 +30,6 @@ from invertune.training import Recipe, batch_indices, finetune
 from invertune.triggers import Trigger
 
 CLASSES = 210
-EVALUATION_BATCH = 256  # as embed_images
 RATE = 1e-6  # A.1
 
 
@@ -81,41 +80,41 @@ def _bare_training(clip: Clip, ready: Tensor, tokens: Tensor, steps: int) -> Non
         (image.sum() + text.sum()).backward()
 
 
-def evaluation(clip: Clip, steps: int) -> dict[str, Way]:
+def evaluation(clip: Clip, steps: int, batch: int) -> dict[str, Way]:
     """Clean accuracy and attack success rate of ``steps`` batches: two passes an image."""
-    size, count = clip.image_size, steps * EVALUATION_BATCH
+    size, count = clip.image_size, steps * batch
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
     labels = torch.randint(1, CLASSES, (count,))
-    ready = normalize(clip, to_pixels(images[:EVALUATION_BATCH], clip.device))
+    ready = normalize(clip, to_pixels(images[:batch], clip.device))
     trigger = triggers.badnet_trigger(size, size // 8, 0)
     with torch.no_grad():
         width = image_features(clip, to_pixels(images[:1], clip.device)).shape[1]
     head = F.normalize(torch.randn(CLASSES, width, device=clip.device), dim=1)
 
     contenders = {
-        "ours": lambda: _rates(clip, images, labels, head, trigger),
-        "plain": lambda: _plain_rates(clip, images, labels, head, trigger),
+        "ours": lambda: _rates(clip, images, labels, head, trigger, batch),
+        "plain": lambda: _plain_rates(clip, images, labels, head, trigger, batch),
         "ceiling": lambda: _bare_evaluation(clip, ready, 2 * steps),
     }
     return {name: Way(run, 2 * steps, 2 * count) for name, run in contenders.items()}
 
 
-def _rates(clip: Clip, images: Tensor, labels: Tensor, head: Tensor, trigger: Trigger) -> None:
-    parts = (to_pixels(part, clip.device) for part in images.split(EVALUATION_BATCH))
+def _rates(
+    clip: Clip, images: Tensor, labels: Tensor, head: Tensor, trigger: Trigger, batch: int
+) -> None:
+    parts = (to_pixels(part, clip.device) for part in images.split(batch))
     attacked = torch.cat([embed_images(clip, triggers.apply(trigger, part)) for part in parts])
-    clean_accuracy(embed_images(clip, images), head, labels)
+    clean_accuracy(embed_images(clip, images, batch), head, labels)
     attack_success_rate(attacked, head, labels, 0)
 
 
 @torch.no_grad()
 def _plain_rates(
-    clip: Clip, images: Tensor, labels: Tensor, head: Tensor, trigger: Trigger
+    clip: Clip, images: Tensor, labels: Tensor, head: Tensor, trigger: Trigger, batch: int
 ) -> None:
     clip.net.eval()
     head, right, hit = head.double().T, 0, 0  # metrics are float64
-    for part, own in zip(
-        images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True
-    ):
+    for part, own in zip(images.split(batch), labels.split(batch), strict=True):
         pixels = to_pixels(part, clip.device)
         triggered = triggers.apply(trigger, pixels)
         predicted = (image_features(clip, pixels).double() @ head).argmax(1)

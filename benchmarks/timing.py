@@ -1,13 +1,15 @@
 """Time, memory and matrix work of several ways to do the same, side by side in one process.
 
-Every round runs each way once, so that a busy machine slows all alike. The first round warms up
-and is where memory and floating-point operations are counted.
+Every round runs each way once, so that a busy machine slows all alike, in a new order, as a way
+inherits the memory that the one before it freed. A first round warms up, and counts memory and
+floating-point operations.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+import random
 import statistics
 import sys
 import time
@@ -76,9 +78,9 @@ class Meter:
         """Runs all ways in turn, once to warm up and ``rounds`` times to be timed."""
         first = {name: self._first(way) for name, way in ways.items()}
         times: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(self.rounds):
-            for name, way in ways.items():
-                times[name].append(self.seconds(way.run) / way.images)
+        for number in range(self.rounds):
+            for name in random.Random(number).sample(list(ways), len(ways)):
+                times[name].append(self.seconds(ways[name].run) / ways[name].images)
         return {name: Measured(times[name], *first[name]) for name in ways}
 
     def _first(self, way: Way) -> tuple[float, float]:
