@@ -103,14 +103,14 @@ def _tagged(backbone: str, weights: str) -> tuple[str, dict[str, Any]]:
 
 def _from_hub(backbone: str, weights: str, device: torch.device | str) -> tuple[Clip, str]:
     repository = _repository(_tagged(backbone, weights)[1], weights)
-    clip = random_clip(backbone, weights, device)
-    path = _hub_file(repository, sum(p.numel() for p in clip.net.parameters()) * 4)
+    path = _hub_file(repository, backbone, weights)
     digest, recorded = file_hash(path), locked_hash(repository)
     if recorded not in (None, digest):
         raise ModelError(
             f"{path} refused: its SHA-256 is {digest}, but {WEIGHTS_LOCK.name} records {recorded} "
-            f"for {repository}; delete the file to download it again"
+            f"for {repository}; to download it again, delete {path.parents[2]}"
         )
+    clip = random_clip(backbone, weights, device)
     set_state(clip, import_checkpoint(path, clip), str(path))
     if recorded is None:
         record_hash(repository, digest)
@@ -125,7 +125,7 @@ def _repository(described: dict[str, Any], weights: str) -> str:
     return repository
 
 
-def _hub_file(repository: str, size: int) -> Path:
+def _hub_file(repository: str, backbone: str, weights: str) -> Path:
     """The safetensors in the cache of the hub, downloaded if need be; never another file.
 
     open_clip's own download would go on to a pickle where there is no safetensors file. What is
@@ -137,6 +137,7 @@ def _hub_file(repository: str, size: int) -> Path:
     try:
         return Path(hf_hub_download(repository, WEIGHTS))
     except Exception as error:  # a network fails in many ways
+        size = sum(p.numel() for p in random_clip(backbone, weights).net.parameters()) * 4
         reason = str(error).strip().split("\n")[0][:120]
         folder = f"{constants.HF_HUB_CACHE}/models--{repository.replace('/', '--')}"
         raise ModelError(

@@ -112,7 +112,7 @@ def test_command_line_errors_are_one_line(tmp_path, arguments, words):
 
 
 def test_check_names_what_is_there_and_the_next_command(tmp_path):
-    result = invertune("check", INVERTUNE_STORE=str(tmp_path))
+    result = invertune("check", INVERTUNE_STORE=str(tmp_path), HF_HUB_CACHE=str(tmp_path))
     first = [line.split()[0] for line in result.stdout.splitlines() if line[0] != " "]
     assert first == [
         "versions",
@@ -121,9 +121,11 @@ def test_check_names_what_is_there_and_the_next_command(tmp_path):
         "disk",
         "data",
         *["model"] * 4,
+        *["weights"] * 4,
         "store",
         "next",
     ]
+    assert "hf download timm/resnet101_clip.openai open_clip_model.safetensors" in result.stdout
     assert "Traceback" not in result.stderr
     assert (result.returncode == 0) == ("RN50: found" in result.stdout)
 
