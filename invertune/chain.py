@@ -32,7 +32,7 @@ STEP_VERSIONS = {
     "evaluation": 1,
     "scores": 1,
 }
-TRAINED_TOGETHER = ("attack", "baseline", "rebound")  # by all processes of a torchrun
+TRAINED_TOGETHER = ("attack", "baseline")  # by all processes of a torchrun
 NULLS = ("none", "clean_finetuned")
 
 

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from open_clip.loss import gather_features
 from torch import Tensor, nn
 
 Value = TypeVar("Value")
@@ -80,6 +79,8 @@ def gather(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
     """Features [N, D] of the whole batch from each process's own, with gradients (open_clip's)."""
     if processes() == 1:
         return images, texts
+    from open_clip.loss import gather_features  # slow to import, and the store has no use for it
+
     rank, count = dist.get_rank(), processes()
     return gather_features(images, texts, gather_with_grad=True, rank=rank, world_size=count)
 

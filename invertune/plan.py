@@ -176,9 +176,8 @@ def _passes(section: Any) -> int:
 def report(settings: Settings, held: Sequence[str], only: str | None = None) -> str:
     """The plan as text. ``held`` names the step of every artifact in the store."""
     size = settings.data.image_size_px
-    rates: dict[str, Any] = next(
-        (r for r in json.loads(RATES.read_text()) if r["image_size_px"] == size), {}
-    )
+    measured: list[dict[str, Any]] = json.loads(RATES.read_text())
+    rates = next((r for r in measured if r["image_size_px"] == size), {})
     speeds, peaks = (rates.get(k, {}) for k in ("images_per_second", "peak_mb"))
     chosen = [w for w in planned(settings) if w.notebook.startswith(only or "")]
     minutes = [w.total / speeds.get(w.rate, math.nan) / 60 for w in chosen]
