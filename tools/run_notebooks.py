@@ -96,7 +96,7 @@ def run_all(
     notebooks: list[Path], settings: Settings, overrides: dict[str, Any], root: Path
 ) -> None:
     """Runs each notebook that is not finished; raises ``NotebookError`` at the first failure."""
-    if settings.data.source == "pictograms":
+    if settings.data.source == "pictograms" and settings.weights == "embedded":
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when a kernel imports huggingface_hub
     if not sys.stderr.isatty():
         os.environ.setdefault("INVERTUNE_PROGRESS", "0")
