@@ -53,6 +53,7 @@ STYLE: Any = {
     **sns.axes_style("ticks"),
     **sns.plotting_context("paper"),
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same text on every machine
+    "figure.dpi": 150,  # as notebooks show them
     "font.size": 7,
     "axes.titlesize": 7,
     "axes.labelsize": 7,

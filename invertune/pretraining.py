@@ -31,7 +31,7 @@ from invertune.models import (
     token_features,
 )
 from invertune.provenance import commit, file_hash, versions
-from invertune.settings import as_yaml, load_settings
+from invertune.settings import load_settings
 from invertune.training import Recipe, contrastive_loss, fit, generator
 
 
@@ -156,7 +156,7 @@ def publish_weights(chain: Chain, clip: Clip, folder: Path, hours: float) -> Non
         f"| {name} | {full[name].value:.2f} | {half[name].value:.2f} | {half[name].n} |"
         for name in full
     ]
-    own = as_yaml(chain.settings.pretraining).strip().replace("\n", ", ")
+    own = ", ".join(f"{k}: {v}" for k, v in chain.settings.pretraining)
     (folder / "README.md").write_text(
         CARD.format(
             backbone=clip.backbone,

@@ -70,5 +70,6 @@ def changed(settings: Settings, section: str, name: str, value: Any) -> Settings
 
 
 def as_yaml(settings: BaseModel) -> str:
-    """The settings as YAML, in the order of the profile files."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, width=100)
+    """The settings as YAML in the order of the profile files; innermost ones share a line."""
+    plain = settings.model_dump(mode="json")
+    return yaml.safe_dump(plain, sort_keys=False, width=100, default_flow_style=None)

@@ -51,6 +51,13 @@ LABELS = {
 }
 
 
+def readable() -> None:
+    """Lets notebooks show tables as files have them: two decimals, whole texts, every column."""
+    shown = {"display.precision": 2, "display.max_colwidth": None, "display.max_columns": None}
+    for name, value in shown.items():
+        pd.set_option(name, value)
+
+
 def seed_summary(results: pd.DataFrame) -> pd.DataFrame:
     """Mean, min, max and number of seeds of each number; the columns of ``COMPARED`` stay."""
     groups = results.groupby(["profile", *COMPARED, "unit"], sort=False)["value"]
