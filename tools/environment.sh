@@ -3,7 +3,7 @@
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-environments="${XDG_CACHE_HOME:-$HOME/.cache}/invertune"
+environments="${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/invertune"
 
 fail() {
   echo "error: $*" >&2
