@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import open_clip
 import torch
 
 from benchmarks import finetuning, inversion, loader
 from benchmarks.timing import CLOCKS, Meter, Way, table
+from invertune import weights
 from invertune.models import BACKBONES, MODEL_FOLDER, Clip, build_clip
 
 TASKS = ("loader", "inversion", "finetuning", "evaluation")
@@ -26,13 +26,7 @@ def random_clip(backbone: str, size_px: int, device: str) -> Clip:
     torch.manual_seed(0)
     if size_px == 64:
         return build_clip(MODEL_FOLDER / backbone, backbone, device)
-    net = open_clip.create_model(backbone, force_quick_gelu=True).eval()
-    mean, std = (
-        torch.tensor(values, device=device).view(1, 3, 1, 1)
-        for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    )
-    net = net.to(device, memory_format=torch.channels_last)
-    return Clip(backbone, net, open_clip.get_tokenizer(backbone), mean, std, size_px)
+    return weights.random_clip(backbone, "openai", device)
 
 
 def parse() -> argparse.Namespace:
