@@ -8,7 +8,7 @@ usage() {
 usage: ./run_all.sh [PROFILE] [--only NN] [--seeds LIST] [--overrides YAML] [--dry-run]
        ./run_all.sh lab
 
-  PROFILE            smoke (4 minutes), mini (the default) or paper (GPUs; set INVERTUNE_DATA)
+  PROFILE            smoke (3 minutes), mini (the default) or paper (GPUs; set INVERTUNE_DATA)
   --only NN          only the notebooks whose names start with NN, e.g. --only 03
   --seeds LIST       seeds, separated by commas, e.g. --seeds 1,2,3 (default: the profile's)
   --overrides YAML   other settings, e.g. --overrides '{attacks: {names: [badnet]}}'
