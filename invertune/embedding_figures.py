@@ -150,8 +150,9 @@ def figure2(views: Mapping[str, View], seed: int = 0) -> Figure:
         places, kinds = tsne.fit_transform(points), [[k] * len(view.images[k]) for k in LOOKS]
         for kind, look in LOOKS.items():
             chart.scatter(*places[np.concatenate(kinds) == kind].T, linewidth=0.6, **look)
-        text = "t-SNE (no unit)\nsilhouette: trig. {triggered:.2f}, adv. {adversarial:.2f},\n"
-        text += "as one cluster {together:.2f}\ncentroids' cosine {triggered_adversarial:.2f}"
+        text = "t-SNE (no unit)\nsilhouettes: triggered {triggered:.2f},\n"
+        text += "adversarial {adversarial:.2f}, both {together:.2f}\n"
+        text += "centroids' cosine {triggered_adversarial:.2f}"
         numbers = text.format(**silhouettes(view), **centroid_cosines(view))
         chart.set(title=f"{encoder} encoder", xticks=[], yticks=[], xlabel=numbers)
     figures.legend_above(figure, axes[0, 0])
