@@ -16,10 +16,10 @@ from torch import Tensor
 from benchmarks import loader
 from benchmarks.timing import Way
 from invertune import triggers
+from invertune.evaluation import clean_and_triggered
 from invertune.metrics import attack_success_rate, clean_accuracy
 from invertune.models import (
     Clip,
-    embed_images,
     forward_precision,
     image_features,
     normalize,
@@ -102,9 +102,8 @@ def evaluation(clip: Clip, steps: int, batch: int) -> dict[str, Way]:
 def _rates(
     clip: Clip, images: Tensor, labels: Tensor, head: Tensor, trigger: Trigger, batch: int
 ) -> None:
-    parts = (to_pixels(part, clip.device) for part in images.split(batch))
-    attacked = torch.cat([embed_images(clip, triggers.apply(trigger, part)) for part in parts])
-    clean_accuracy(embed_images(clip, images, batch), head, labels)
+    clean, attacked = clean_and_triggered(clip, images, trigger, batch)
+    clean_accuracy(clean, head, labels)
     attack_success_rate(attacked, head, labels, 0)
 
 

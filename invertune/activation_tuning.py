@@ -119,7 +119,6 @@ def tune(
     held-out images, the three layers of largest impact are tuned instead, if that leaves less.
     Raises ``ValueError`` for too few images, ``TrainingError`` for a loss that is not finite.
     """
-
     suspected = clone(clip)
     suspected.net.requires_grad_(False).eval()
     predicted = predictions(embed_images(suspected, images), head)

@@ -46,12 +46,17 @@ def evaluated(
     return chain.run("evaluation", keyed, [model.key], compute, seed)
 
 
-def _features(clip: Clip, images: Tensor, trigger: Trigger | None) -> tuple[Tensor, Tensor]:
-    """Features [N, D] of the clean and of the triggered images, the same without a trigger."""
-    clean = embed_images(clip, images)
+def clean_and_triggered(
+    clip: Clip, images: Tensor, trigger: Trigger | None, batch: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Features [N, D] of the clean and of the triggered images, the same without a trigger.
+
+    ``images`` are uint8 or float in [0, 1], [N, 3, H, W]; a pass takes ``batch`` of them.
+    """
+    clean = embed_images(clip, images, batch)
     if trigger is None:
         return clean, clean
-    parts = (triggers.apply(trigger, to_pixels(p, clip.device)) for p in images.split(256))
+    parts = (triggers.apply(trigger, to_pixels(p, clip.device)) for p in images.split(batch))
     return clean, torch.cat([embed_images(clip, part) for part in parts])
 
 
@@ -66,7 +71,7 @@ def utility(chain: Chain, clip: Clip) -> dict[str, Rate]:
 
 def _zero_shot(chain: Chain, clip: Clip, trigger: Trigger | None) -> dict[str, Rate]:
     images, head = pool(chain, "evaluation"), class_head(chain, clip)
-    clean, attacked = _features(clip, images.images, trigger)
+    clean, attacked = clean_and_triggered(clip, images.images, trigger)
     rates = {"zeroshot.ca.1": metrics.clean_accuracy(clean, head, images.labels)}
     for k in RECALL_KS:
         rates[f"zeroshot.asr.{k}"] = metrics.attack_success_rate(
@@ -81,7 +86,7 @@ def _zero_shot(chain: Chain, clip: Clip, trigger: Trigger | None) -> dict[str, R
 def _retrieval(chain: Chain, clip: Clip, trigger: Trigger | None) -> dict[str, Rate]:
     scenes = datasets.retrieval_scenes(chain.settings.data, chain.store)
     texts = embed_texts(clip, scenes.captions)
-    clean, attacked = _features(clip, scenes.images, trigger)
+    clean, attacked = clean_and_triggered(clip, scenes.images, trigger)
     rates = {}
     for k, rate in metrics.recall_at_k(clean, texts, scenes.owner, RECALL_KS).items():
         rates[f"retrieval.ca.{k}"] = rate

@@ -176,7 +176,7 @@ def trigger_example(chain: Chain, attack: str, seed: int, inverted: bool = False
     if inverted:
         trigger = steps.inverted_trigger(chain, steps.inverted(chain, attack, seed))
     else:
-        trigger = steps.poisoned(chain, attack, seed).trigger
+        trigger = steps.planted_trigger(chain, attack, seed)
     if trigger is None:
         raise ValueError(f"{attack!r} has no trigger of its own; choose an attack")
     image = to_pixels(example_images(chain)[:1], chain.device)

@@ -240,7 +240,7 @@ def inverted_energy(chain: Chain, attack: str, suspect: str, seed: int) -> float
 
     None where that trigger covers the whole image.
     """
-    trigger = steps.poisoned(chain, attack, seed).trigger
+    trigger = steps.planted_trigger(chain, attack, seed)
     place = None if trigger is None else triggers.covered(trigger)
     found = steps.inverted_trigger(chain, steps.inverted(chain, suspect, seed))
     return None if place is None else triggers.energy_share(found.tensors["mask"], place)

@@ -70,13 +70,16 @@ def poisoned(chain: Chain, attack: str, seed: int) -> Model:
         return model
     artifact = attacked(chain, attack, seed)
     set_state(model.clip, artifact.tensors("weights"), attack)
-    trigger = None
-    if "trigger" in artifact.metrics:
-        trigger = triggers.trigger_from_tensors(
-            {k: v.to(chain.device) for k, v in artifact.tensors("trigger").items()},
-            artifact.metrics["trigger"],
-        )
-    return Model(model.clip, artifact.key, trigger)
+    return Model(model.clip, artifact.key, planted_trigger(chain, attack, seed))
+
+
+def planted_trigger(chain: Chain, attack: str, seed: int) -> Trigger | None:
+    """The trigger of ``attack``, known to the attacker only; None for the nulls."""
+    artifact = None if attack == "none" else attacked(chain, attack, seed)
+    if artifact is None or "trigger" not in artifact.metrics:
+        return None
+    tensors = {k: v.to(chain.device) for k, v in artifact.tensors("trigger").items()}
+    return triggers.trigger_from_tensors(tensors, artifact.metrics["trigger"])
 
 
 @functools.lru_cache(maxsize=128)

@@ -176,12 +176,16 @@ def pattern_bounds(clip: Clip, clamp: str) -> tuple[Tensor, Tensor]:
 
 
 def initial_trigger(clip: Clip, settings: Inversion, seed: int) -> tuple[Tensor, Tensor]:
-    """The first mask in [0, 1] and pattern in normalized space, [3, H, W], from ``seed`` alone."""
+    """The first mask in [0, 1] and pattern in normalized space, [3, H, W], from ``seed`` alone.
+
+    A mask that all channels share is [1, H, W].
+    """
     shape = (3, clip.image_size, clip.image_size)
     source = generator(seed)
     mask, draw = (torch.rand(shape, generator=source).to(clip.device) for _ in range(2))
     low, high = pattern_bounds(clip, settings.clamp)
     pattern = torch.lerp(low[0].expand(shape), high[0].expand(shape), draw)
+    mask = mask[:1] if settings.mask == "shared" else mask
     return (torch.ones_like(mask) if settings.mask_init == "ones" else mask), pattern
 
 
@@ -269,10 +273,9 @@ def _optimize(
     seed: int,
 ) -> list[InvertedTrigger]:
     """The loop of algorithm 1. Independent losses, summed, under Adam: each run as if alone."""
-    first, start = initial_trigger(clip, settings, seed)
-    leaf = first[:1] if settings.mask == "shared" else first
     leaf, pattern = (
-        tensor.expand(len(runs), -1, -1, -1).clone().requires_grad_() for tensor in (leaf, start)
+        start.expand(len(runs), -1, -1, -1).clone().requires_grad_()
+        for start in initial_trigger(clip, settings, seed)
     )
     low, high = pattern_bounds(clip, settings.clamp)
     lambdas = [[run.lambda1, run.lambda2, run.lambda3, run.lambda4] for run in runs]
@@ -299,7 +302,7 @@ def _optimize(
             for log, values in zip(logs, torch.cat([terms, losses[None]]).T.tolist(), strict=True):
                 log.append({"step": step, **dict(zip(TERMS, values, strict=True))})
         if done % settings.measure_every_steps == 0 or done == settings.steps:
-            masks = leaf.detach().repeat(1, 3 // leaf.shape[1], 1, 1)
+            masks = leaf.detach().expand(-1, 3, -1, -1).clone()
             pixels = (pattern.detach() * clip.std + clip.mean).clamp(0, 1)
             for k, run in enumerate(runs):
                 state = State(done, asr(masks[k], pixels[k], run.target), masks[k].sum().item())

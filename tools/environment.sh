@@ -3,7 +3,7 @@
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-environments="${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/invertune"
+environments() { echo "${XDG_CACHE_HOME:-$HOME/.cache}/invertune"; }
 
 fail() {
   echo "error: $*" >&2
@@ -60,7 +60,7 @@ use_environment() {
     venv="$INVERTUNE_VENV"
   else
     base="$(find_python)" || exit 2
-    venv="${INVERTUNE_VENV:-$environments/venv-$(lock_hash "$base" requirements.lock)}"
+    venv="${INVERTUNE_VENV:-$(environments)/venv-$(lock_hash "$base" requirements.lock)}"
     make_environment "$base" "$venv" requirements.lock 8000
   fi
   python="$venv/bin/python"
@@ -94,7 +94,7 @@ use_snakemake() {
   local base venv lock=workflow/requirements.lock
   if ! command -v snakemake >/dev/null; then
     base="$(find_python)" || exit 2
-    venv="$environments/snakemake-$(lock_hash "$base" "$lock")"
+    venv="$(environments)/snakemake-$(lock_hash "$base" "$lock")"
     make_environment "$base" "$venv" "$lock" 500 --no-binary connection-pool  # has no wheel
     export PATH="$PATH:$venv/bin"
   fi
