@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     pretrain = add("pretrain", _pretrain, "pretrains a shipped model; goes on where it was killed")
     pretrain.add_argument("backbone")
     pretrain.add_argument("profile", nargs="?", default="mini")
+    pretrain.add_argument("--overrides", metavar="YAML", help="nested settings as YAML")
     plan.add_options(add("fill", _fill, "trains what the store lacks; also under torchrun"))
     add("publish", _publish, "makes a profile's results the expected ones").add_argument("profile")
     plan.add_options(add("plan", plan.show, "steps, exposures, minutes and memory of a run"))
@@ -89,10 +90,11 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    load_settings(options.profile, {"backbone": options.backbone})  # names an unknown backbone
+    overrides = plan.mapping_of(options.overrides)
+    load_settings(options.profile, {**overrides, "backbone": options.backbone})
     from invertune import pretraining
 
-    pretraining.pretrain_embedded(options.backbone, options.profile)
+    pretraining.pretrain_embedded(options.backbone, options.profile, overrides)
     return 0
 
 

@@ -49,17 +49,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def overrides_of(options: argparse.Namespace) -> dict[str, Any]:
     """The nested overrides that ``--overrides`` and ``--seeds`` name (``SettingsError``)."""
+    overrides = mapping_of(options.overrides)
+    if options.seeds is not None:
+        overrides["seeds"] = _seeds(options.seeds)
+    return overrides
+
+
+def mapping_of(text: str | None) -> dict[str, Any]:
+    """The nested settings that the value of ``--overrides`` writes as YAML (``SettingsError``)."""
     try:
-        overrides = yaml.safe_load(options.overrides or "{}")
+        overrides = yaml.safe_load(text or "{}")
     except yaml.YAMLError as error:
         raise SettingsError(f"--overrides is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(overrides, dict):
         raise SettingsError(
-            f"--overrides {options.overrides!r} is no mapping; write for example "
-            "'{inversion: {steps: 50}}'"
+            f"--overrides {text!r} is no mapping; write for example '{{inversion: {{steps: 50}}}}'"
         )
-    if options.seeds is not None:
-        overrides["seeds"] = _seeds(options.seeds)
     return overrides
 
 

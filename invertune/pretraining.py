@@ -5,13 +5,17 @@ One resumable command each: ``python -m invertune pretrain RN50``.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 
 from invertune import data as datasets
@@ -100,12 +104,16 @@ def pretrain(
     return fit(clip.net, loss_at, recipe, label="contrastive", checkpoint=checkpoint)
 
 
-def pretrain_embedded(backbone: str, profile: str = "mini") -> Path:
+def pretrain_embedded(
+    backbone: str, profile: str = "mini", overrides: Mapping[str, Any] | None = None
+) -> Path:
     """Pretrains one embedded CLIP and writes its weights (float16) and model card.
 
-    Resumes after a kill from the checkpoints in the store. Returns the model's folder.
+    ``overrides`` are nested settings that differ from the profile's; the card names them. Resumes
+    after a kill from the checkpoints in the store. Returns the model's folder.
     """
-    settings = load_settings(profile, {"backbone": backbone})
+    overrides = overrides or {}
+    settings = load_settings(profile, {**overrides, "backbone": backbone})
     chain, own = open_chain(settings), settings.pretraining
     folder, work = MODEL_FOLDER / backbone, chain.store / "pretraining" / backbone
     pairs = datasets.caption_pairs(
@@ -138,12 +146,16 @@ def pretrain_embedded(backbone: str, profile: str = "mini") -> Path:
         settings.data.seed,
         work / "contrastive.safetensors",
     )
-    publish_weights(chain, clip, folder, (time.monotonic() - started) / 3600)
+    command = f"python -m invertune pretrain {backbone}"
+    if overrides:
+        one_line = yaml.safe_dump(overrides, default_flow_style=True, width=math.inf).strip()
+        command += f" --overrides '{one_line}'"
+    publish_weights(chain, clip, folder, (time.monotonic() - started) / 3600, command)
     shutil.rmtree(work)
     return folder
 
 
-def publish_weights(chain: Chain, clip: Clip, folder: Path, hours: float) -> None:
+def publish_weights(chain: Chain, clip: Clip, folder: Path, hours: float, command: str) -> None:
     """Writes float16 weights and the model card, with scores of float32 and float16 weights."""
     clip.net.eval()
     full = utility(chain, clip)
@@ -163,6 +175,7 @@ def publish_weights(chain: Chain, clip: Clip, folder: Path, hours: float) -> Non
             parameters=parameters,
             scores="\n".join(lines),
             hours=hours,
+            command=command,
             recipe=own,
             seed=chain.settings.data.seed,
             pairs=chain.settings.data.pretraining_pairs,
@@ -181,7 +194,7 @@ A small CLIP that mirrors the family of OpenAI's {backbone}: {parameters:,} para
 safetensors of {bytes:,} bytes, an open_clip `local-dir:` folder. It knows pictograms only: never
 read its behavior as that of a model of natural images. License: MIT.
 
-- Command: `python -m invertune pretrain {backbone}` (resumable), seed {seed}, {hours:.2f} hours
+- Command: `{command}` (resumable), seed {seed}, {hours:.2f} hours
   ({device}); code at commit {commit}; {versions}.
 - Data: {pairs:,} caption pairs of the embedded benchmark (manifest {manifest:.12}).
 - Recipe: a supervised warm start of the image tower on class labels, then contrastive training of
