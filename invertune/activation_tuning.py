@@ -39,7 +39,10 @@ Measure = Callable[[Clip], tuple[float, float]]
 
 @dataclass(frozen=True)
 class State:
-    """One measured state: rates in percent on held-out images, losses on the tuning batch."""
+    """One measured state: rates in percent on held-out images, losses on the tuning batch.
+
+    ``inverted_asr`` is that of all suspected triggers, within the top ``settings.measure_top``.
+    """
 
     lr: float
     step: int
@@ -114,9 +117,11 @@ def tune(
     ``heldout`` with ``heldout_labels`` [M] are other clean images; ``head`` [C, D] holds the unit
     class embeddings and ``target`` the identified class. Every rate of ``settings.lrs`` is run
     and measured; the returned weights are those of the state that ``choose`` takes, which looks at
-    the suspected model, the held-out clean images and the suspected triggers only.
-    Where the suspected triggers still succeed on more than ``settings.widen_above_percent`` of the
-    held-out images, the three layers of largest impact are tuned instead, if that leaves less.
+    the suspected model, the held-out clean images and the suspected triggers only. A trigger
+    succeeds where the target is among the ``settings.measure_top`` nearest classes: it loses the
+    first place long before images leave the target's neighborhood. Where the suspected triggers
+    still succeed on more than ``settings.widen_above_percent`` of the held-out images, the three
+    layers of largest impact are tuned instead, if that leaves less.
     Raises ``ValueError`` for too few images, ``TrainingError`` for a loss that is not finite.
     """
     suspected = clone(clip)
@@ -125,7 +130,9 @@ def tune(
     diverse = diverse_indices(predicted.cpu(), target, settings.images, seed)
     clean = to_pixels(images[diverse], clip.device)
     triggered = in_turn(found, clean)
-    measurer = partial(_measurer, suspected, found, heldout, heldout_labels, head, target)
+    measurer = partial(
+        _measurer, suspected, found, heldout, heldout_labels, head, target, settings.measure_top
+    )
 
     def tuned_by(own: Tuning) -> Tuned:
         return _tune(suspected, clean, triggered, head, measurer, own, seed)
@@ -292,6 +299,7 @@ def _measurer(
     labels: Tensor,
     head: Tensor,
     target: int,
+    top: int,
     first: str | None,
 ) -> Measure:
     """Function from a tuned model to its held-out clean accuracy and inverted ASR, in percent."""
@@ -313,7 +321,7 @@ def _measurer(
         visual.train(training)
         return (
             clean_accuracy(features, head, labels).value,
-            attack_success_rate(attacked, head, labels[others], target).value,
+            attack_success_rate(attacked, head, labels[others], target, top).value,
         )
 
     return measure

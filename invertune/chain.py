@@ -26,7 +26,7 @@ STEP_VERSIONS = {
     "identification": 2,
     "inversion": 1,
     "sweep": 1,
-    "tuning": 3,
+    "tuning": 4,
     "baseline": 2,
     "rebound": 2,
     "evaluation": 1,

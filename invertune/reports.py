@@ -272,8 +272,8 @@ def tuning_rows(chain: Chain) -> list[dict[str, str]]:
 
 
 def _universal_rows(chain: Chain, attack: str, seed: int) -> list[dict[str, str]]:
-    """ASR of step 1's perturbation before and after tuning: what a defender can see."""
-    trigger, source = steps.universal_trigger(chain, attack, seed)
+    """ASR of step 1's strongest perturbation before and after tuning: a defender can see it."""
+    (trigger, *_), source = steps.universal_triggers(chain, attack, seed)
     rows = []
     for defense in ("none", "invertune"):
         model = defenses.defended(chain, defense, attack, seed)

@@ -159,6 +159,7 @@ class Tuning(Section):
     images: Count
     batch: Count
     measure_every_steps: Count
+    measure_top: Count
     allowed_ca_drop_points: Percent
     layer_rule: Literal["mean_plus_std", "top3"]
     widen_above_percent: Percent
@@ -263,6 +264,7 @@ class TuningChanges(Section):
     beta: tuple[Weight, ...]
     lrs: tuple[Annotated[tuple[Rate, ...], Field(min_length=1)], ...]
     images: tuple[Count, ...]
+    measure_top: tuple[Count, ...]
     layer_rule: tuple[Literal["mean_plus_std", "top3"], ...]
     neuron: tuple[Literal["channel", "unit"], ...]
     clusters: tuple[Annotated[int, Field(ge=2)], ...]

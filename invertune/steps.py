@@ -194,14 +194,14 @@ def tuned(chain: Chain, attack: str, seed: int) -> Artifact:
     """Step 3: the purified model; metrics: impacts, selection, the chosen rate, its log."""
     suspect, own = poisoned(chain, attack, seed), chain.settings
     target = suspected_target(chain, attack, seed)
-    sources = [_SUSPECTED[name](chain, attack, seed) for name in own.tuning.triggers]
+    found = [_SUSPECTED[name](chain, attack, seed) for name in own.tuning.triggers]
 
     def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         heldout = pool(chain, "heldout")
         result = tune(
             suspect.clip,
             pool(chain, "inversion").images,
-            [trigger for trigger, _ in sources],
+            [trigger for triggers, _ in found for trigger in triggers],
             heldout.images,
             heldout.labels,
             class_head(chain, suspect.clip),
@@ -229,22 +229,27 @@ def tuned(chain: Chain, attack: str, seed: int) -> Artifact:
         "pool": own.data.inversion_images,
         "heldout": own.data.heldout_images,
     }
-    keys = [suspect.key, *(key for _, key in sources)]
+    keys = [suspect.key, *(key for _, key in found)]
     return chain.run("tuning", keyed, keys, compute, seed, attack)
 
 
-def universal_trigger(chain: Chain, attack: str, seed: int) -> tuple[Trigger, str]:
-    """Step 1's perturbation that drives most images to the suspected target, and its key."""
+def universal_triggers(chain: Chain, attack: str, seed: int) -> tuple[list[Trigger], str]:
+    """Step 1's perturbations that drive at least half of the images to the suspected target.
+
+    The strongest first, and that one in any case; with the key of the step they come from.
+    """
     found, target = identified(chain, attack, seed), suspected_target(chain, attack, seed)
-    counts = {k: c["adversarial"][target] for k, c in found.metrics["increases"].items()}
-    kind = max(counts, key=lambda name: counts[name])
-    tensor = found.tensors("perturbations")[kind].to(chain.device)
-    return as_trigger(kind, tensor, chain.settings.data.image_size_px), found.key
+    counts = {k: c["adversarial"] for k, c in found.metrics["increases"].items()}
+    driven = sorted(counts, key=lambda kind: counts[kind][target], reverse=True)
+    most = [kind for kind in driven if counts[kind][target] >= sum(counts[kind]) / 2]
+    tensors, size = found.tensors("perturbations"), chain.settings.data.image_size_px
+    kinds = most or driven[:1]
+    return [as_trigger(kind, tensors[kind].to(chain.device), size) for kind in kinds], found.key
 
 
-def _inverted(chain: Chain, attack: str, seed: int) -> tuple[Trigger, str]:
+def _inverted(chain: Chain, attack: str, seed: int) -> tuple[list[Trigger], str]:
     artifact = inverted(chain, attack, seed)
-    return inverted_trigger(chain, artifact), artifact.key
+    return [inverted_trigger(chain, artifact)], artifact.key
 
 
-_SUSPECTED = {"inverted": _inverted, "universal": universal_trigger}
+_SUSPECTED = {"inverted": _inverted, "universal": universal_triggers}

@@ -91,7 +91,8 @@ def baseline(planted) -> Tuned:
 
 
 def run(planted: SimpleNamespace, seed: int = 0, **changes) -> Tuned:
-    quick = {"steps": 6, "images": 10, "batch": 10, "measure_every_steps": 3, "lrs": (0.001,)}
+    quick = {"steps": 6, "images": 10, "batch": 10, "lrs": (0.001,)}
+    quick |= {"measure_every_steps": 3, "measure_top": 1}
     halves = slice(0, 30), slice(30, 60)
     return tune(
         planted.clip,
@@ -222,6 +223,14 @@ def test_layers_are_widened_only_where_the_trigger_survives(planted):
         run(planted, allowed_ca_drop_points=100, widen_above_percent=narrow.kept.inverted_asr).kept
         == narrow.kept
     )
+
+
+def test_a_trigger_succeeds_where_the_target_is_in_the_measured_top(planted):
+    measured = [run(planted, measure_top=top).states for top in (1, 2, CLASSES)]
+    rates = torch.tensor([[state.inverted_asr for state in states] for states in measured])
+    assert (rates[0] <= rates[1]).all() and (rates[1] <= rates[2]).all()
+    assert (rates[0] < rates[1]).any()
+    assert rates[2].eq(100).all()
 
 
 def test_images_take_the_triggers_in_turn():

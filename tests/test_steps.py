@@ -10,6 +10,7 @@ from invertune import reports, steps
 from invertune.chain import Chain, DeviceMemoryError, class_head, class_list, open_chain, pretrained
 from invertune.evaluation import evaluated
 from invertune.models import zero_shot_head
+from invertune.perturbations import as_trigger
 from invertune.settings import load_settings
 
 QUICK = {
@@ -49,6 +50,26 @@ def test_tuning_changes_critical_rows_of_the_image_tower_only(chain: Chain) -> N
     layers = tuple(steps.tuned(chain, "blended", 0).metrics["layers"])
     assert changed and all(name.startswith(layers) for name in changed)
     assert not any("running" in name or "num_batches" in name for name in changed)
+
+
+@pytest.mark.parametrize(("driven", "taken"), [((5, 10), [1, 0]), ((1, 4), [1]), ((9, 4), [0])])
+def test_universal_triggers_are_the_perturbations_that_drive_half_of_the_images(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch, driven: tuple[int, int], taken: list[int]
+) -> None:
+    found = steps.identified(chain, "blended", 0)
+    kinds = list(found.tensors("perturbations"))[:2]
+    size, target = chain.settings.data.image_size_px, int(found.metrics["ranking"][0])
+    counts = {kind: torch.zeros(210, dtype=int) for kind in kinds}
+    for kind, count in zip(kinds, driven, strict=True):
+        counts[kind][target], counts[kind][target - 1] = count, 10 - count
+    increases = {kind: {"adversarial": c.tolist()} for kind, c in counts.items()}
+    monkeypatch.setitem(found.metrics, "increases", increases)
+    triggers, key = steps.universal_triggers(chain, "blended", 0)
+    tensors = found.tensors("perturbations")
+    expected = [as_trigger(kinds[i], tensors[kinds[i]], size) for i in taken]
+    assert key == found.key and [t.kind for t in triggers] == [t.kind for t in expected]
+    for trigger, other in zip(triggers, expected, strict=True):
+        assert all(torch.equal(trigger.tensors[k], v) for k, v in other.tensors.items())
 
 
 def test_rates_lie_in_their_intervals_and_grow_with_k(chain: Chain) -> None:
