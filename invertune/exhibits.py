@@ -210,6 +210,16 @@ def inversion_logs(chain: Chain) -> dict[str, pd.DataFrame]:
     return logs
 
 
+def tuning_figure(chain: Chain) -> Figure:
+    """Per attack (first seed): what step 3 measured at the rate it kept; dots are kept states."""
+    names = chain.settings.attacks.names
+    found = {a: steps.tuned(chain, a, chain.settings.seeds[0]).metrics for a in names}
+    states = {a: pd.DataFrame([m["suspected"], *m["states"]]) for a, m in found.items()}
+    logs = {a: s[s.lr.isin([0, found[a]["lr"]])] for a, s in states.items()}
+    kept = {a: m["step"] for a, m in found.items()}
+    return figures.loss_curves(logs, figures.TUNING_CURVES, kept)
+
+
 def layer_table(chain: Chain) -> pd.DataFrame:
     """Tables 12-15 with every attack: impact per layer, threshold, and what was selected."""
     lines = []

@@ -261,7 +261,7 @@ def layer_impact(impact: Mapping[str, float], threshold: float) -> Figure:
     return figure
 
 
-CURVES = {
+INVERSION_CURVES = {
     "align": "$L_{align}$",
     "emb": "$L_{emb}$",
     "sim": "$L_{sim}$",
@@ -269,28 +269,36 @@ CURVES = {
     "inverted_asr": "Inverted ASR (%)",
     "mask_l1": "Mask size (L1)",
 }
+TUNING_CURVES = {
+    "inverted_asr": "ASR of suspected triggers (%)",
+    "clean_accuracy": "Held-out CA (%)",
+    "activation": "$L_{activation}$",
+    "preserve": "$L_{preserve}$",
+}
 
 
 @mpl.rc_context(STYLE)
-def loss_curves(logs: Mapping[str, pd.DataFrame], columns: Sequence[str] = tuple(CURVES)) -> Figure:
-    """Inversion over steps: one panel per column, one line per attack (eqs. 3-7).
+def loss_curves(
+    logs: Mapping[str, pd.DataFrame],
+    titles: Mapping[str, str],
+    kept: Mapping[str, int] | None = None,
+) -> Figure:
+    """Training over steps: one panel per column of ``titles``, one line per attack (eqs. 3-7, 11).
 
-    Each log has a column ``step`` and some of ``columns``; missing values are skipped, so losses
-    and what is measured less often may stand in one frame.
+    Each log has a column ``step`` and some of the columns; missing values are skipped, so losses
+    and what is measured less often may stand in one frame. ``kept`` steps get a dot.
     """
-    figure, axes = canvas(2, -(-len(columns) // 2), PAGE_IN, 3.0, sharex=True)
-    for chart, column in zip(axes.flat, columns, strict=False):
+    figure, axes = canvas(2, -(-len(titles) // 2), PAGE_IN, 3.0, sharex=True)
+    for chart, (column, title) in zip(axes.flat, titles.items(), strict=False):
         for name in in_order(logs):
             if column in logs[name]:
-                points = logs[name][["step", column]].dropna()
-                chart.plot(
-                    points["step"],
-                    points[column],
-                    label=label("attack", name),
-                    color=ATTACK_COLORS.get(name, OTHER_COLOR),
-                )
-        chart.set_title(CURVES.get(column, column))
-    for chart in axes.flat[len(columns) :]:
+                points = logs[name].set_index("step")[column].dropna()
+                color = ATTACK_COLORS.get(name, OTHER_COLOR)
+                chart.plot(points, label=label("attack", name), color=color)
+                if name in (kept or {}):
+                    chart.plot(kept[name], points[kept[name]], "o", color=color, markersize=3)
+        chart.set_title(title)
+    for chart in axes.flat[len(titles) :]:
         chart.set_axis_off()
     figure.supxlabel("Step", fontsize=STYLE["axes.labelsize"])
     handles, titles = axes[0, 0].get_legend_handles_labels()

@@ -209,7 +209,7 @@ def publish(profile: str, root: Path = REPOSITORY) -> None:
     if not rows:
         raise ResultsError(
             f"results/{profile} holds rows of the development seed {DEVELOPMENT_SEED} only; run "
-            f"./run_all.sh {profile} --seeds 1,2,3 first"
+            f"./run_all.sh {profile} --seeds 4,5,6 first"
         )
     write_atomic(root / "expected" / f"{profile}.csv", csv_bytes(rows, COLUMNS))
 
