@@ -110,7 +110,7 @@ def increase_table(chain: Chain, attack: str, count: int = 20) -> pd.DataFrame:
     found = increases(steps.identified(chain, attack, chain.settings.seeds[0]))
     lines = [
         {
-            "perturbation": kind,
+            "perturbation": tables.label("perturbation", kind),
             "class": name,
             "clean": before,
             "adversarial": after,

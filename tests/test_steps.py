@@ -91,6 +91,16 @@ def test_a_full_gpu_names_a_smaller_batch(chain: Chain) -> None:
         chain.run("inversion", {"batch": 16, "inversion": {"batch": 64}}, [], compute, 0)
 
 
+def test_artifacts_are_counted_since_the_last_count(chain: Chain, tmp_path: Path) -> None:
+    own = Chain(chain.settings, tmp_path)
+    for seed in (0, 1, 1):
+        own.run("scores", {}, [], lambda _: ({}, {"ca": 1}), seed)
+    assert own.count() == "artifacts: 0 found in the store, 2 computed (0 s)"
+    own.run("scores", {}, [], lambda _: ({}, {"ca": 1}), 1)
+    assert own.count() == "artifacts: 1 found in the store, 0 computed (0 s)"
+    assert own.count().startswith("artifacts: 0 found")
+
+
 def test_a_head_is_kept_while_the_text_side_stays(chain: Chain) -> None:
     clip = pretrained(chain).clip
     templates = datasets.templates(chain.settings.data)
