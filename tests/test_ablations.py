@@ -103,7 +103,7 @@ def test_the_papers_tables_can_be_shown_beside_ours() -> None:
     mini, paper = open_chain(load_settings("mini")), read_results(ROOT / "expected" / "paper.csv")
     table2 = ablations.table2(mini, paper)
     assert table2.shape == (16, 2 + 6) and not table2.isna().any().any()
-    assert ablations.table3(mini, paper).shape == (24, 3 + 6)
+    assert ablations.table3(mini, paper).shape == (16, 3 + 6)
     names = ablations.variants(mini, "tuning", ["beta"])
     assert set(paper[paper.paper_item == "figure6"].variant) <= set(names)
 
