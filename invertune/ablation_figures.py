@@ -26,13 +26,17 @@ from invertune.settings import compared
 def table2_figure(
     chain: Chain, results: pd.DataFrame, metric: str = "inverted_asr", state: str = ""
 ) -> Figure:
-    """Table 2 as curves, a panel per weight and a line per attack (bands: min to max over seeds).
+    """Table 2 as curves, a panel per compared weight, a line per attack (bands: over seeds).
 
     ``state`` "last": the last state of each inversion instead of the chosen one.
     """
-    figure, axes = canvas(2, 2, COLUMN_IN, 3.2, sharey=True)
+    several = [w for w in WEIGHTS if len(compared(chain.settings, "inversion", w)) > 1]
+    lines = max(1, -(-len(several) // 2))
+    figure, axes = canvas(
+        lines, min(2, len(several)) or 1, COLUMN_IN, 0.4 + 1.4 * lines, sharey=True
+    )
     titles = {"inverted_asr": "Inverted ASR (%)", "mask_l1": "Mask size (L1)", "ssim": "SSIM"}
-    for chart, weight in zip(axes.flat, WEIGHTS, strict=True):
+    for chart, weight in zip(axes.flat, several, strict=False):
         values = sorted(compared(chain.settings, "inversion", weight))
         for attack in chain.settings.ablations.weight_attacks:
             texts = [variant(weight, v) + (f";state={state}" if state else "") for v in values]
@@ -41,10 +45,12 @@ def table2_figure(
             _curve(chart, rows, texts, label=tables.label("attack", attack), **look)
         chart.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         chart.set_xlabel(rf"$\lambda_{weight[-1]}$ (no unit)")
+    for chart in axes.flat[len(several) :]:
+        chart.set_axis_off()
     for chart in axes[:, 0]:
         chart.set_ylabel(titles[metric])
     if metric == "inverted_asr":
-        axes[0, 0].set_ylim(0, 105)
+        axes[0, 0].set_ylim(-3, 105)  # a line at 0 is seen
     figures.legend_above(figure, axes[0, 0])
     return figure
 
@@ -53,6 +59,8 @@ def _curve(axes: Axes, rows: pd.DataFrame, texts: Sequence[str], **look: Any) ->
     """Means of the variants ``texts`` at 0, 1, ...; a band from min to max over seeds."""
     found = tables.by_seed(rows, "variant")
     known = [(place, found[text]) for place, text in enumerate(texts) if text in found]
+    if not known:
+        return
     places = [place for place, _ in known]
     axes.plot(places, [float(np.mean(v)) for _, v in known], **look)
     if any(len(v) > 1 for _, v in known):
@@ -76,7 +84,8 @@ def table3_figure(chain: Chain, results: pd.DataFrame) -> Figure:
         rows = ours(chain, results, ["trigger=both"], paper_item="table3", metric="asr", k=k)
         both = {a: np.mean(v) for a, v in tables.by_seed(rows, "attack").items()}
         places = [names.index(attack) for attack in both]
-        chart.plot(places, list(both.values()), "D", color=MARKED, markersize=3, label="both")
+        if both:
+            chart.plot(places, list(both.values()), "D", color=MARKED, markersize=3, label="both")
         figures.percent_axis(chart, f"ASR, top {k} (%)")
     figures.legend_above(figure, axes[0, 0])
     return figure
@@ -119,11 +128,13 @@ def updates_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     titles = {"inverted_asr": "Inverted ASR (%)", "mask_l1": "Mask size (L1)"}
     rows = results[results.variant.str.startswith("updates=")]
     for chart, (metric, title) in zip(axes[0], titles.items(), strict=True):
-        for attack in chain.settings.ablations.switch_attacks:
+        for attack in dict(chosen(chain, chain.settings.ablations.switch_attacks)):
             own = ours(chain, rows, rows.variant.unique(), attack=attack, metric=metric)
             means = own.groupby(own.variant.str.removeprefix("updates=").astype(int)).value.mean()
             chart.plot(means, color=ATTACK_COLORS[attack], label=tables.label("attack", attack))
-        chart.axvline(chain.settings.inversion.steps, color="black", linestyle=":", label="own")
+        chart.axvline(
+            chain.settings.inversion.steps, color="black", linestyle=":", label="own length"
+        )
         chart.set(xlabel="Updates", ylabel=title, ylim=(0, None))
     figures.legend_above(figure, axes[0, 0])
     return figure

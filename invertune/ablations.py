@@ -171,16 +171,16 @@ def ours(chain: Chain, results: pd.DataFrame, wanted: Sequence[str], **where: st
 
 
 def table2(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
-    """Table 2: inverted ASR, mask size at equal ASR and SSIM per attack, a column per weight."""
+    """Table 2: inverted ASR, mask size at equal ASR and SSIM, a line per weight and value."""
     wanted = variants(chain, "inversion", WEIGHTS)
     rows = ours(chain, results, wanted, paper_item="table2")
-    return tables.wide(rows, ["metric", "attack"], ["variant"])
+    return tables.wide(rows, ["metric", "variant"], ["attack"])
 
 
 def table3(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
-    """Table 3: CA and ASR at every k, a line per source of the trigger (uap: the perturbation)."""
+    """Table 3: CA and ASR at every k, a line per source of the trigger."""
     rows = ours(chain, results, [f"trigger={name}" for name in TABLE3], paper_item="table3")
-    return tables.wide(rows, ["k", "variant"], ["attack", "metric"])
+    return tables.wide(rows, ["metric", "k", "variant"], ["attack"])
 
 
 def switch_table(
@@ -189,7 +189,8 @@ def switch_table(
     """A line per value of some settings; ``own`` marks the profile's."""
     wanted = variants(chain, section, names)
     frame = tables.wide(ours(chain, results, wanted), ["variant"], ["attack", "metric"])
-    own = {variant(n, compared(chain.settings, section, n)[0]) for n in names}
+    texts = [variant(n, compared(chain.settings, section, n)[0]) for n in names]
+    own = {tables.label("variant", text) for text in texts}
     frame.insert(1, "own", ["yes" if text in own else "" for text in frame["variant"]])
     return frame
 
@@ -201,7 +202,8 @@ def perturbation_table(chain: Chain) -> pd.DataFrame:
         for kind, increase in increases(steps.identified(chain, attack, seed)).items():
             shares = 100 * increase.adversarial.double() / increase.adversarial.sum()
             top = int(increase.points.argmax())
-            line: dict[str, Any] = {"attack": tables.label("attack", attack), "perturbation": kind}
+            line: dict[str, Any] = {"attack": tables.label("attack", attack)}
+            line["perturbation"] = tables.label("perturbation", kind)
             line["to the target (%)"] = float(shares[chain.target])
             line |= {"top class": names[top], "to the top class (%)": float(shares[top])}
             lines.append(line)

@@ -65,13 +65,14 @@ class Chain:
 
     With another ``defender``, class indices after step 1 count in its own list; evaluate what it
     made with the profile's chain. ``heads`` keeps zero-shot heads: half the time of an evaluation
-    on mini, and InverTune leaves the text side as it is.
+    on mini, and InverTune leaves the text side as it is. ``used``: what ``count`` will count.
     """
 
     settings: Settings
     store: Path
     defender: Defender = Defender()
     heads: dict[tuple[object, ...], Tensor] = field(default_factory=dict, compare=False)
+    used: dict[str, Artifact] = field(default_factory=dict, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +108,7 @@ class Chain:
             except torch.OutOfMemoryError as error:
                 raise DeviceMemoryError(_too_large(label, settings, error)) from None
 
-        return obtain(
+        found = obtain(
             self.store,
             step,
             STEP_VERSIONS[step],
@@ -120,6 +121,15 @@ class Chain:
             device=str(self.device),
             together=step in TRAINED_TOGETHER,
         )
+        return self.used.setdefault(found.key, found)
+
+    def count(self) -> str:
+        """How many artifacts were found and computed since the last count, in a line."""
+        made = [artifact for artifact in self.used.values() if artifact.computed]
+        found, seconds = len(self.used) - len(made), sum(a.meta["seconds"] for a in made)
+        self.used.clear()
+        spent = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+        return f"artifacts: {found} found in the store, {len(made)} computed ({spent})"
 
     def _given(self, step: str) -> dict[str, Any]:
         """What a precision below float32 and another defender add to a key.

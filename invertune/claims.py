@@ -153,6 +153,17 @@ def judge(claims: Iterable[Claim], results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([_judged(claim, results) for claim in claims])
 
 
+def shown(judged: pd.DataFrame) -> pd.DataFrame:
+    """What a page has room for: claim, source, what was required, what came out, and the verdict.
+
+    A column that is empty in every line is left out: on smoke, all numbers.
+    """
+    required = judged["relation"].str.replace("_", " ") + judged["threshold"].map(" {:g}".format)
+    frame = judged.assign(claim=judged["text"], required=required.replace("lowest 1", "lowest"))
+    columns = ("claim", "source", "required", "values", "margin", "spread", "verdict", "note")
+    return frame[[c for c in columns if frame[c].replace("", None).notna().any()]]
+
+
 def _judged(claim: Claim, results: pd.DataFrame) -> dict[str, object]:
     line: dict[str, object] = {
         "id": claim.id,

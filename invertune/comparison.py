@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from invertune import defenses, steps, tables
 from invertune.chain import Chain
 from invertune.evaluation import evaluated
-from invertune.figures import COLUMN_IN, DEFENSE_COLORS, PAGE_IN, STYLE, canvas, percent_axis
+from invertune.figures import COLUMN_IN, DEFENSE_COLORS, PLAIN, STYLE, canvas, percent_axis
 from invertune.plan import invertune_passes
 from invertune.reports import defense_rows, grid, mean, metric_row, own_rows, rates, shared_columns
 from invertune.store import Artifact
@@ -73,10 +74,10 @@ def rebound_rows(chain: Chain) -> list[dict[str, str]]:
 
 
 def table1(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
-    """Table 1: a line per task and defense, CA and ASR per attack (means over seeds)."""
+    """Table 1: CA and ASR of both tasks, a line per defense (means over seeds)."""
     rows = own_rows(chain, results)
     rows = rows[(rows.paper_item == "table1") & rows.metric.isin(["ca", "asr"])]
-    return tables.wide(rows, ["task", "defense"], ["attack", "metric"])
+    return tables.wide(rows, ["task", "metric", "defense"], ["attack"])
 
 
 def summary_table(chain: Chain, results: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
@@ -123,9 +124,9 @@ def rate_table(chain: Chain) -> pd.DataFrame:
                     "seed": seed,
                     "defense": tables.label("defense", defense),
                     "suspected CA": found["suspected_accuracy"],
-                    **{f"CA at {lr:g}": accuracy for lr, accuracy in found["tried"]},
                     "chosen": f"{found['lr']:g}",
                     "within the allowance": "yes" if found["qualified"] else "NO",
+                    **{f"CA at {lr:g}": accuracy for lr, accuracy in found["tried"]},
                 }
             )
     return pd.DataFrame(lines)
@@ -141,8 +142,8 @@ def rebound_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
 @mpl.rc_context(STYLE)
 def table1_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """Table 1 as two heatmaps a task: ASR (%) and CA loss (points), defenses by attacks."""
-    figure, axes = canvas(2, 2, PAGE_IN, 3.4)
-    for line, (task, k) in zip(axes, TASKS, strict=True):
+    figure, axes = canvas(4, 1, COLUMN_IN, 1.2 + 0.68 * len(compared(chain)), sharex=True)
+    for line, (task, k) in zip(axes[:, 0].reshape(2, 2), TASKS, strict=True):
         where = {"task": task, "k": k, "variant": "", "defense": list(compared(chain))}
         for chart, (metric, title, top) in zip(
             line, (("asr", "ASR (%)", 100), ("ca_loss", "CA loss (points)", 10)), strict=True
@@ -157,12 +158,12 @@ def table1_figure(chain: Chain, results: pd.DataFrame) -> Figure:
                 fmt=".1f",
                 annot_kws={"size": 6},
                 cmap="rocket_r" if metric == "asr" else "mako_r",
-                cbar_kws={"label": title},
+                cbar=False,  # every cell has its number
             )
             chart.set(xlabel="", ylabel="", title=f"{tables.label('task', task)}: {title}")
             chart.tick_params(length=0)
-            chart.set_xticklabels(chart.get_xticklabels(), rotation=20)
-            chart.set_yticklabels(chart.get_yticklabels(), rotation=0)
+            chart.tick_params("x", rotation=20)
+            chart.tick_params("y", rotation=0)
     return figure
 
 
@@ -184,9 +185,9 @@ def _by_attack(chain: Chain, results: pd.DataFrame, **where: Any) -> pd.DataFram
 def rebound_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """Zero-shot ASR of each defense right after it and after benign fine-tuning."""
     names = [a for a in chain.settings.attacks.names if a in chain.settings.rebound.attacks]
-    results = own_rows(chain, results)
-    figure, axes = canvas(1, len(names), COLUMN_IN * max(1, len(names)), 1.9, sharey=True)
-    for chart, attack in zip(axes[0], names, strict=True):
+    results, count = own_rows(chain, results), max(1, len(names))
+    figure, axes = canvas(count, 1, COLUMN_IN, 0.5 + 1.3 * count, sharex=True)
+    for chart, attack in zip(axes[:, 0], names, strict=False):  # none: an empty chart
         shared = {"attack": attack, "task": "zeroshot", "k": "1", "variant": ""}
         for place, defense in enumerate(compared(chain)):
             after = mean(results, metric="asr", paper_item="table1", defense=defense, **shared)
@@ -199,6 +200,8 @@ def rebound_figure(chain: Chain, results: pd.DataFrame) -> Figure:
         labels = [tables.label("defense", d) for d in compared(chain)]
         chart.set_xticks(range(len(labels)), labels, rotation=20)
         chart.set_title(tables.label("attack", attack))
-    percent_axis(axes[0, 0], "ASR (%)")
-    axes[0, 0].text(0.02, 0.97, "hatched: after fine-tuning", transform=axes[0, 0].transAxes)
+        percent_axis(chart, "ASR (%)")
+    looks = {"after the defense": "", "after fine-tuning": "////"}
+    handles = [Patch(facecolor=PLAIN, edgecolor="w", hatch=h, label=t) for t, h in looks.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return figure

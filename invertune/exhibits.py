@@ -110,7 +110,7 @@ def increase_table(chain: Chain, attack: str, count: int = 20) -> pd.DataFrame:
     found = increases(steps.identified(chain, attack, chain.settings.seeds[0]))
     lines = [
         {
-            "perturbation": kind,
+            "perturbation": tables.label("perturbation", kind),
             "class": name,
             "clean": before,
             "adversarial": after,
@@ -130,7 +130,7 @@ def inversion_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
         chain,
         {
             "ASR": _column(own, metric="asr", paper_item="figure5", **where),
-            "inverted ASR": _column(own, metric="inverted_asr", **where),
+            "inverted ASR": _column(own, metric="inverted_asr", variant="", **where),
             "mask L1 at equal ASR": _column(own, metric="mask_l1", variant="", **where),
             "of the clean model's": _column(own, metric="mask_l1_ratio", **where),
             "mask energy at the trigger": _column(own, metric="mask_energy", variant="", **where),
@@ -145,7 +145,7 @@ def inversion_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
 def figure5b(chain: Chain, results: pd.DataFrame) -> Figure:
     """Figure 5(b): ASR of original and inverted triggers, with the clean model's null."""
     own = own_rows(chain, results)
-    inverted = tables.by_seed(own, "attack", metric="inverted_asr")
+    inverted = tables.by_seed(own, "attack", metric="inverted_asr", variant="")
     original = tables.by_seed(own, "attack", metric="asr", paper_item="figure5")
     null = {name: inverted[name] for name in NULLS}
     shown = {name: values for name, values in inverted.items() if name not in NULLS}

@@ -174,7 +174,8 @@ def bars(
         error_kw={"elinewidth": 0.7},
     )
     texts = [f"{mean:.1f}" if mean >= 1 else f"{mean:.2f}" for mean in means]  # 0.02 % is no zero
-    axes.bar_label(drawn, texts, padding=1, fontsize=4.5, label_type="center" if inside else "edge")
+    texts = [text.replace("100.0", "100") for text in texts]  # as wide as the others
+    axes.bar_label(drawn, texts, padding=1, fontsize=5, label_type="center" if inside else "edge")
     axes.set_xticks(range(len(names)), [label("attack", name) for name in names], rotation=20)
 
 
@@ -208,16 +209,16 @@ def attack_gate(
 ) -> Figure:
     """ASR and CA of the undefended models with the gate: ASR at least, CA loss at most (points)."""
     names = in_order(asr, ca)
-    figure, axes = canvas(1, 2, PAGE_IN, 2.0)
+    figure, axes = canvas(2, 1, COLUMN_IN, 3.4, sharex=True)
     colors = [ATTACK_COLORS.get(name, OTHER_COLOR) for name in names]
     gates = {"ASR (%)": (asr, asr_gate), "CA (%)": (ca, clean_ca - ca_gate)}
-    for chart, (title, (values, gate)) in zip(axes[0], gates.items(), strict=True):
+    for chart, (title, (values, gate)) in zip(axes[:, 0], gates.items(), strict=True):
         shown = [color for name, color in zip(names, colors, strict=True) if name in values]
         bars(chart, names, values, 0, shown, inside=True)
         chart.axhline(gate, color="black", linestyle="--", linewidth=0.8, label="gate")
         percent_axis(chart, title)
-    axes[0, 1].axhline(clean_ca, color="black", linewidth=0.6, label="clean model")
-    legend_above(figure, axes[0, 1])
+    axes[1, 0].axhline(clean_ca, color="black", linewidth=0.6, label="clean model")
+    legend_above(figure, axes[1, 0])
     return figure
 
 
@@ -225,9 +226,9 @@ def attack_gate(
 def before_after(ca: tuple[Values, Values], asr: tuple[Values, Values]) -> Figure:
     """CA and ASR per attack before and after tuning; each argument is (before, after)."""
     names = in_order(*ca, *asr)
-    figure, axes = canvas(1, 2, PAGE_IN, 2.0)
+    figure, axes = canvas(2, 1, COLUMN_IN, 3.4, sharex=True)
     for chart, title, (before, after) in zip(
-        axes[0], ("CA (%)", "ASR (%)"), (ca, asr), strict=True
+        axes[:, 0], ("CA (%)", "ASR (%)"), (ca, asr), strict=True
     ):
         bars(chart, names, before, -0.2, BEFORE, "before tuning")
         bars(chart, names, after, 0.2, AFTER, "after tuning")
@@ -254,7 +255,7 @@ def layer_impact(impact: Mapping[str, float], threshold: float) -> Figure:
         linewidth=0.8,
         label=f"mean + std = {threshold:.4f}",
     )
-    chart.set_yticks(range(len(values)), [name.removeprefix("visual.") for name in impact])
+    chart.set_yticks(range(len(values)), [label("layer", name) for name in impact])
     chart.invert_yaxis()
     chart.set_xlabel("Layer impact (ratio, eq. 8)")
     legend_above(figure, chart)
@@ -288,7 +289,8 @@ def loss_curves(
     Each log has a column ``step`` and some of the columns; missing values are skipped, so losses
     and what is measured less often may stand in one frame. ``kept`` steps get a dot.
     """
-    figure, axes = canvas(2, -(-len(titles) // 2), PAGE_IN, 3.0, sharex=True)
+    lines = -(-len(titles) // 2)
+    figure, axes = canvas(lines, 2, COLUMN_IN, 0.6 + 1.1 * lines, sharex=True)
     for chart, (column, title) in zip(axes.flat, titles.items(), strict=False):
         for name in in_order(logs):
             if column in logs[name]:
@@ -301,6 +303,6 @@ def loss_curves(
     for chart in axes.flat[len(titles) :]:
         chart.set_axis_off()
     figure.supxlabel("Step", fontsize=STYLE["axes.labelsize"])
-    handles, titles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, titles, loc="outside upper center", ncols=8)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=3)
     return figure

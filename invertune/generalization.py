@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from invertune import defenses, reports, steps, tables
 from invertune.chain import Chain, class_list
-from invertune.figures import DEFENSE_COLORS, PAGE_IN, STYLE, canvas, legend_above, percent_axis
+from invertune.figures import COLUMN_IN, DEFENSE_COLORS, STYLE, canvas, legend_above
 from invertune.models import locked_hash
 from invertune.reports import grid, metric_row, shared_columns
 from invertune.results import natural_order
@@ -72,8 +72,9 @@ def describe(found: Sequence[Case]) -> str:
     """A line per case: what is run, or that its weights are missing and what would make them."""
     lines = []
     for case in found:
-        backbone, target, attack = case.place.values()
-        line = f"{case.item}: {attack} on {backbone}, target {target}"
+        backbone, target, name = case.place.values()
+        attack, item = tables.label("attack", name), case.item.replace("table", "Table ")
+        line = f"{item}: {attack} on {backbone}, target {target}"
         make = f"python -m invertune pretrain {backbone}"
         if case.chain.settings.weights != EMBEDDED:
             make = "write {backbone} where the folders in weights differ"
@@ -188,7 +189,7 @@ def _chosen(case: Case, main: Chain, attack: str, seed: int) -> dict[str, Any]:
         "attack": "passed" if passed else "FAILED",
         "found": class_list(chain)[ranking[0]],
         "inverted ASR": steps.inverted(chain, attack, seed).metrics["inverted_asr"],
-        "critical layers": ", ".join(steps.tuned(chain, attack, seed).metrics["layers"]),
+        "critical layers": tables.layers(steps.tuned(chain, attack, seed).metrics["layers"]),
     }
     for name in main.settings.generalization.defenses:
         if name != "invertune":
@@ -203,7 +204,7 @@ def layer_table(case: Case) -> pd.DataFrame:
     made = [steps.tuned(case.chain, attack, seed).metrics for attack, seed in grid(case.chain)]
     lines = [
         {
-            "layer": layer,
+            "layer": tables.label("layer", layer),
             "impact": float(np.mean([found["impacts"][layer] for found in made])),
             "selected": f"{sum(layer in found['layers'] for found in made)} of {len(made)}",
         }
@@ -223,27 +224,26 @@ def asr_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     first = Case("table1", f"{chain.settings.target}, {chain.settings.backbone}", changed(chain))
     shown = [first, *(case for case in cases(chain) if case.shipped)]
     names = ("none", *chain.settings.generalization.defenses)
-    figure, axes = canvas(1, 1, PAGE_IN, 2.1)
+    figure, axes = canvas(1, 1, COLUMN_IN, 0.7 + 0.085 * len(shown) * (len(names) + 1))
     for i, defense in enumerate(names):
         where = {"defense": defense, "metric": "asr"}
         found = [_rate(results, case, paper_item=case.item, **where) for case in shown]
         values = {place: v for place, v in enumerate(found) if v}
         means = {place: float(np.mean(v)) for place, v in values.items()}
         ends = [[means[p] - min(v), max(v) - means[p]] for p, v in values.items()]
-        drawn = axes[0, 0].bar(
+        drawn = axes[0, 0].barh(
             [place + (i - (len(names) - 1) / 2) * 0.8 / len(names) for place in means],
             list(means.values()),
             0.8 / len(names),
             color=DEFENSE_COLORS[defense],
             label=tables.label("defense", defense),
-            yerr=np.abs(ends).T if any(len(v) > 1 for v in values.values()) else None,
+            xerr=np.abs(ends).T if any(len(v) > 1 for v in values.values()) else None,
             error_kw={"elinewidth": 0.7},
         )
-        axes[0, 0].bar_label(drawn, fmt="%.1f", fontsize=4.5, padding=1)
-    axes[0, 0].set_xticks(range(len(shown)), [case.name for case in shown])
-    axes[0, 0].set_xlim(-0.5, len(shown) - 0.5)
-    percent_axis(
-        axes[0, 0], f"ASR (%), {tables.label('attack', chain.settings.generalization.attack)}"
-    )
+        axes[0, 0].bar_label(drawn, fmt="%.1f", fontsize=5, padding=1)
+    attack = tables.label("attack", chain.settings.generalization.attack)
+    axes[0, 0].set(xlabel=f"ASR (%), {attack}", xlim=(0, 110), xticks=range(0, 101, 25))
+    axes[0, 0].set_yticks(range(len(shown)), [case.name for case in shown])
+    axes[0, 0].set_ylim(len(shown) - 0.5, -0.5)
     legend_above(figure, axes[0, 0])
     return figure

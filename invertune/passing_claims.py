@@ -182,7 +182,7 @@ def selection_table(chain: Chain) -> pd.DataFrame:
         {
             "attack": tables.label("attack", row["attack"]),
             "seed": int(row["seed"]),
-            "critical layers": ", ".join(
+            "critical layers": tables.layers(
                 steps.tuned(chain, row["attack"], int(row["seed"])).metrics["layers"]
             ),
             "overlap": float(row["value"]),

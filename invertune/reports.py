@@ -47,7 +47,7 @@ def figures_folder(chain: Chain) -> Path:
 
 
 def record(chain: Chain, rows: Sequence[dict[str, str]]) -> pd.DataFrame:
-    """Merges rows into results.csv and their artifacts' costs into runs.csv.
+    """Merges rows into results.csv and their artifacts' costs into runs.csv; counts the artifacts.
 
     Returns the table's rows of the profile's seeds, those of other notebooks too.
     """
@@ -55,6 +55,7 @@ def record(chain: Chain, rows: Sequence[dict[str, str]]) -> pd.DataFrame:
     keys = dict.fromkeys(r["key"] for r in rows if (chain.store / r["key"]).is_dir())
     write_runs([_run(Artifact(key, chain.store / key)) for key in keys], folder / "runs.csv")
     results = write_rows(rows, folder / "results.csv")
+    print(chain.count())
     return results[results.seed.isin([str(seed) for seed in chain.settings.seeds])]
 
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +48,7 @@ class Artifact:
 
     key: str
     folder: Path
+    computed: bool = field(default=False, compare=False)  # just now; else it was found
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of ``name.safetensors``, on the CPU; ``StoreError`` where there are none."""
@@ -142,25 +143,25 @@ def obtain(
     if not distributed.first():
         while distributed.from_first(False):
             compute(entry.beside(WORK))
-    elif not _found(entry, name):
+    elif not _found(entry):
         with _locked(entry, name):
-            if not _found(entry, name):
+            if not _found(entry):
                 _clear(entry, name)
                 if together and (count := distributed.processes()) > 1:
                     device = f"{count} x {device}"
                     distributed.from_first(True)
                 identity = {**dict(zip(IDENTITY, parts, strict=True)), "seed": seed}
                 _make(entry, name, compute, identity, device)
+                entry = replace(entry, computed=True)
     if distributed.first():
         distributed.from_first(False)  # it is there: the others need not wait any more
     return entry
 
 
-def _found(entry: Artifact, name: str) -> bool:
+def _found(entry: Artifact) -> bool:
     if damage(entry.folder) is not None:
         return False
     shutil.rmtree(entry.beside(WORK), ignore_errors=True)  # left by a kill after the rename
-    print(f"{name} found in store ({entry.key[:8]}), 0 s", flush=True)
     return True
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -48,14 +49,32 @@ LABELS = {
         "rebound_asr": "rebound ASR",
     },
     "task": {"zeroshot": "Zero-shot", "retrieval": "Retrieval"},
+    "perturbation": {
+        "patch_feature": "patch (features)",
+        "patch_prediction": "patch (prediction)",
+        "ball_feature": "ball (features)",
+        "ball_prediction": "ball (prediction)",
+        "fourier": "Fourier wave",
+    },
+    "setting": {
+        **{f"lambda{i}": f"λ{i}" for i in range(1, 5)},
+        "beta": "β",
+        "lrs": "learning rates",
+        "ssim_space": "SSIM space",
+        "bn_mode": "BN mode",
+    },
+    "layer_rule": {"mean_plus_std": "mean + std", "top3": "top 3"},
+    "trigger": {"uap": "universal perturbation"},
 }
+LATEX = {"λ": r"$\lambda$", "β": r"$\beta$"}  # pdflatex has no Greek letters outside of formulas
+BLOCK = re.compile(r"^visual\.(transformer\.resblocks|trunk\.blocks)\.")  # of both kinds of ViT
 
 
 def readable() -> None:
-    """Lets notebooks show tables as files have them: two decimals, whole texts, every column."""
-    shown = {"display.precision": 2, "display.max_colwidth": None, "display.max_columns": None}
-    for name, value in shown.items():
-        pd.set_option(name, value)
+    """Lets notebooks show tables as files have them: two decimals, whole texts, every cell."""
+    pd.set_option("display.precision", 2)
+    for name in ("max_colwidth", "max_columns", "max_rows"):
+        pd.set_option(f"display.{name}", None)
 
 
 def seed_summary(results: pd.DataFrame) -> pd.DataFrame:
@@ -116,8 +135,21 @@ def wide(results: pd.DataFrame, index: Sequence[str], columns: Sequence[str]) ->
 
 
 def label(column: str, name: str) -> str:
-    """The name a reader sees for a cell, e.g. ``label("attack", "badnet")`` is "BadNet"."""
-    return LABELS.get(column, {}).get(name, name)
+    """The name a reader sees for a cell, e.g. ``label("attack", "badnet")`` is "BadNet".
+
+    Of a variant, every setting and value: "lambda4=0.05;state=last" is "λ4 = 0.05, state = last".
+    """
+    if column == "variant":
+        parts = (part.split("=") for part in name.split(";") if part)
+        return ", ".join(f"{label('setting', key)} = {label(key, value)}" for key, value in parts)
+    if column == "layer":
+        return BLOCK.sub("block ", name).removeprefix("visual.")
+    return LABELS.get(column, {}).get(name, name.replace("_", " "))
+
+
+def layers(names: Iterable[str]) -> str:
+    """The labels of several layers, one after the other."""
+    return ", ".join(label("layer", name) for name in names)
 
 
 def by_seed(
@@ -168,4 +200,5 @@ def latex(header: list[str], cells: list[list[str]]) -> str:
     """A LaTeX tabular with booktabs rules, first column left, the others right; text escaped."""
     style = pd.DataFrame(cells, columns=header).replace("", "--").style.hide()
     style = style.format(escape="latex").format_index(escape="latex", axis=1)
-    return style.to_latex(hrules=True, column_format="l" + "r" * (len(header) - 1))
+    text = style.to_latex(hrules=True, column_format="l" + "r" * (len(header) - 1))
+    return text.translate(str.maketrans(LATEX))

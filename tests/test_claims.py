@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from invertune.claims import CLAIMS, ClaimError, decide, judge, load_claims, parse_claim
+from invertune.claims import CLAIMS, ClaimError, decide, judge, load_claims, parse_claim, shown
 from invertune.provenance import REPOSITORY
 from invertune.results import read_results, row, to_frame
 
@@ -55,6 +55,15 @@ def test_shipped_claims_are_complete():
     assert len(load_claims("table1")) == 7
     with pytest.raises(ClaimError, match="no claim of group 'tabel1'"):
         load_claims("tabel1")
+
+
+def test_a_page_shows_the_verdict_and_no_empty_column():
+    numbers = {(1, "badnet", "ft"): 9.0, (1, "badnet", "par"): 5.0}
+    raw = ranked(["ft", "par"], lowest={"defense": "par"})
+    found = shown(judge([parse_claim(raw)], table(numbers)))
+    assert list(found.required) == ["lowest"] and {"values", "verdict"} <= set(found.columns)
+    smoke = shown(judge([parse_claim(raw)], table(numbers, profile="smoke")))
+    assert list(smoke.columns) == ["claim", "source", "required", "verdict", "note"]
 
 
 def test_the_papers_own_numbers_pass_and_what_it_does_not_give_is_untested():

@@ -28,14 +28,14 @@ def rows(chain: Chain) -> pd.DataFrame:
     return to_frame(found + comparison.rebound_rows(chain))
 
 
-def test_table_1_has_a_line_per_task_and_defense(chain: Chain, rows: pd.DataFrame) -> None:
+def test_table_1_has_a_line_per_task_metric_and_defense(chain: Chain, rows: pd.DataFrame) -> None:
     table = comparison.table1(chain, rows)
-    assert list(table.columns) == ["task", "defense", "Blended CA", "Blended ASR"]
-    assert list(table.defense) == ["No defense", "FT", "PAR", "InverTune"] * 2
+    assert list(table.columns) == ["task", "metric", "defense", "Blended"]
+    assert list(table.defense) == ["No defense", "FT", "PAR", "InverTune"] * 4
     elsewhere = rows.assign(backbone="RN101", value=0.0)
     pd.testing.assert_frame_equal(comparison.table1(chain, pd.concat([rows, elsewhere])), table)
     paper = read_results(reports.REPOSITORY / "expected" / "paper.csv")
-    assert comparison.table1(chain, paper).shape == (12, 14)
+    assert comparison.table1(chain, paper).shape == (24, 9)
 
 
 def test_the_summary_names_what_each_defense_costs(chain: Chain, rows: pd.DataFrame) -> None:
@@ -64,7 +64,7 @@ def test_the_rate_table_shows_every_rate_and_what_was_not_run(chain: Chain) -> N
 
 def test_every_defense_rebounds_and_is_drawn(chain: Chain, rows: pd.DataFrame) -> None:
     assert list(comparison.rebound_table(chain, rows).defense) == ["FT", "PAR", "InverTune"]
-    assert len(comparison.table1_figure(chain, rows).axes) == 8  # four heatmaps, four color bars
+    assert len(comparison.table1_figure(chain, rows).axes) == 4  # heatmaps
     bars = comparison.rebound_figure(chain, rows).axes[0].patches
     assert len(bars) == 2 * 3 and {"ft", "par", "invertune"} <= set(DEFENSE_COLORS)
     before = defenses.defended(chain, "ft", "blended", 0)

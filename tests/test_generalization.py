@@ -70,7 +70,7 @@ def test_rows_of_a_case_belong_to_its_table_and_its_place(
     assert list(chosen["attack"] == NOT_SHIPPED) == [False, True]
     assert list(generalization.layer_table(cases[0]).layer[-3:]) == ["threshold", "mean", "std"]
     figure = generalization.asr_figure(chain, rows)
-    assert len(figure.axes[0].get_xticks()) == 2
+    assert len(figure.axes[0].get_yticks()) == 2
 
 
 def test_a_baselines_grid_begins_at_the_rate_of_table_1(chain: Chain) -> None:

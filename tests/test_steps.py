@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from invertune import data as datasets
-from invertune import reports, steps
+from invertune import exhibits, reports, steps
 from invertune.chain import Chain, DeviceMemoryError, class_head, class_list, open_chain, pretrained
 from invertune.evaluation import evaluated
 from invertune.models import zero_shot_head
 from invertune.perturbations import as_trigger
+from invertune.results import row, to_frame
 from invertune.settings import load_settings
 
 QUICK = {
@@ -89,6 +90,24 @@ def test_a_full_gpu_names_a_smaller_batch(chain: Chain) -> None:
         DeviceMemoryError, match=r"seed 0: set its batch to 32 \(now 64\).* 1.00 GiB"
     ):
         chain.run("inversion", {"batch": 16, "inversion": {"batch": 64}}, [], compute, 0)
+
+
+def test_notebook_03_shows_the_chains_inversion_not_notebook_07s(chain: Chain) -> None:
+    about = dict(profile="smoke", backbone="RN50", target="mushroom", attack="blended", seed=0, k=1)
+    about |= dict(paper_item="extra", metric="inverted_asr", task="zeroshot", defense="none")
+    rows = [row(**about, value=v, variant=t) for v, t in ((90, ""), (10, "steps=9"))]  # type: ignore
+    shown = exhibits.inversion_table(chain, to_frame(rows)).set_index("attack")["inverted ASR"]
+    assert shown["Blended"] == 90
+
+
+def test_artifacts_are_counted_since_the_last_count(chain: Chain, tmp_path: Path) -> None:
+    own = Chain(chain.settings, tmp_path)
+    for seed in (0, 1, 1):
+        own.run("scores", {}, [], lambda _: ({}, {"ca": 1}), seed)
+    assert own.count() == "artifacts: 0 found in the store, 2 computed (0 s)"
+    own.run("scores", {}, [], lambda _: ({}, {"ca": 1}), 1)
+    assert own.count() == "artifacts: 1 found in the store, 0 computed (0 s)"
+    assert own.count().startswith("artifacts: 0 found")
 
 
 def test_a_head_is_kept_while_the_text_side_stays(chain: Chain) -> None:

@@ -9,7 +9,17 @@ import pytest
 
 from invertune.provenance import REPOSITORY
 from invertune.results import ResultsError, read_results, row, to_frame
-from invertune.tables import by_seed, compare_with_paper, seed_summary, verdict, wide, write_table
+from invertune.tables import (
+    by_seed,
+    compare_with_paper,
+    label,
+    latex,
+    markdown,
+    seed_summary,
+    verdict,
+    wide,
+    write_table,
+)
 
 PAPER = read_results(REPOSITORY / "expected" / "paper.csv", "paper")
 TABLE1 = PAPER[PAPER["paper_item"] == "table1"]
@@ -114,6 +124,27 @@ def test_wide_table_and_by_seed():
     values = by_seed(TABLE1, "attack", metric="asr", task="zeroshot", defense="ft")
     assert list(values) == ["badnet", "blended", "sig", "wanet", "badencoder", "badclip"]
     assert values["sig"] == [55.59]
+
+
+@pytest.mark.parametrize(
+    ("column", "name", "shown"),
+    [
+        ("variant", "lambda4=0.05;state=last", "λ4 = 0.05, state = last"),
+        ("variant", "layer_rule=mean_plus_std", "layer rule = mean + std"),
+        ("variant", "layer=visual.transformer.resblocks.3", "layer = block 3"),
+        ("variant", "", ""),
+        ("layer", "visual.layer4", "layer4"),
+        ("attack", "badclip", "BadCLIP"),
+        ("attack", "added_later", "added later"),
+    ],
+)
+def test_labels(column, name, shown):
+    assert label(column, name) == shown
+
+
+def test_greek_letters_become_formulas_in_latex_only():
+    assert r"& $\lambda$4 = 1" in latex(["a", "b"], [["", "λ4 = 1"]])
+    assert "λ4 = 1" in markdown(["a"], [["λ4 = 1"]])
 
 
 def test_write_table(tmp_path):
