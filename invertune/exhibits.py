@@ -212,7 +212,7 @@ def inversion_logs(chain: Chain) -> dict[str, pd.DataFrame]:
 
 def tuning_figure(chain: Chain) -> Figure:
     """Per attack (first seed): what step 3 measured at the rate it kept; dots are kept states."""
-    names = chain.settings.attacks.names
+    names: Sequence[str] = chain.settings.attacks.names
     found = {a: steps.tuned(chain, a, chain.settings.seeds[0]).metrics for a in names}
     states = {a: pd.DataFrame([m["suspected"], *m["states"]]) for a, m in found.items()}
     logs = {a: s[s.lr.isin([0, found[a]["lr"]])] for a, s in states.items()}

@@ -289,7 +289,7 @@ def loss_curves(
     Each log has a column ``step`` and some of the columns; missing values are skipped, so losses
     and what is measured less often may stand in one frame. ``kept`` steps get a dot.
     """
-    lines = -(-len(titles) // 2)
+    lines, dots = -(-len(titles) // 2), kept or {}
     figure, axes = canvas(lines, 2, COLUMN_IN, 0.6 + 1.1 * lines, sharex=True)
     for chart, (column, title) in zip(axes.flat, titles.items(), strict=False):
         for name in in_order(logs):
@@ -297,8 +297,8 @@ def loss_curves(
                 points = logs[name].set_index("step")[column].dropna()
                 color = ATTACK_COLORS.get(name, OTHER_COLOR)
                 chart.plot(points, label=label("attack", name), color=color)
-                if name in (kept or {}):
-                    chart.plot(kept[name], points[kept[name]], "o", color=color, markersize=3)
+                if name in dots:
+                    chart.plot(dots[name], points[dots[name]], "o", color=color, markersize=3)
         chart.set_title(title)
     for chart in axes.flat[len(titles) :]:
         chart.set_axis_off()
