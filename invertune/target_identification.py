@@ -50,10 +50,6 @@ class Identified:
     increases: dict[str, Increase]
     perturbations: dict[str, Tensor]
 
-    @property
-    def target(self) -> int:
-        return self.ranking[0]
-
 
 def identify(
     clip: Clip,
