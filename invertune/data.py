@@ -22,11 +22,12 @@ from invertune import layouts, pictograms, real_data
 from invertune.decoding import map_images
 from invertune.layouts import DataError
 from invertune.pictograms import Scene
-from invertune.provenance import file_hash
+from invertune.provenance import REPOSITORY, file_hash
 from invertune.sections import Data, Settings
+from invertune.sprites import ARCHIVE, load_sprites
 from invertune.store import obtain
 
-TEMPLATES = Path(__file__).resolve().parent.parent / "data" / "mini" / "templates.json"
+TEMPLATES = REPOSITORY / "data" / "mini" / "templates.json"
 TARGETS = ("mushroom", "banana", "lemon", "ski")  # paper, sections 4.1 and 4.5
 SCENES_VERSION = 1
 
@@ -74,7 +75,7 @@ def class_names(data: Data) -> tuple[str, ...]:
     """The classes of zero-shot classification, in label order."""
     if _real(data):
         return real_data.class_names()
-    return pictograms.load_sprites().classes
+    return load_sprites().classes
 
 
 def templates(data: Data) -> tuple[str, ...]:
@@ -111,7 +112,7 @@ def describe(settings: Settings) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _archive_hash() -> str:
-    return file_hash(pictograms.ARCHIVE)
+    return file_hash(ARCHIVE)
 
 
 def manifest(data: Data) -> str:
@@ -132,7 +133,7 @@ def caption_pairs(data: Data, part: str, count: int, store: Path) -> Pairs:
         unknown = torch.full((len(found.images), 2), -1)
         captions = tuple(own[0] for own in found.captions)
         return Pairs(found.images, captions, unknown, cycled=False, file=found.file)
-    sprites = pictograms.load_sprites()
+    sprites = load_sprites()
     scenes = _scenes(
         data,
         part,
@@ -154,7 +155,7 @@ def labeled_images(data: Data, part: str, count: int, store: Path, style: str = 
             raise DataError(f"style {style!r}: only the embedded benchmark's drawings have styles")
         found = real_data.labeled(data, part, count, store)
         return Labeled(found.images, found.labels)
-    sprites = pictograms.load_sprites()
+    sprites = load_sprites()
     unseen = part == "evaluation"
     scenes = _scenes(
         data,
@@ -173,7 +174,7 @@ def retrieval_scenes(data: Data, store: Path) -> Retrieval:
     if _real(data):
         found = real_data.retrieval(data, store)
         return _retrieval(found.images, found.captions)
-    sprites = pictograms.load_sprites()
+    sprites = load_sprites()
     targets = tuple(sprites.classes.index(name) for name in TARGETS)
     pairs = pictograms.retrieval_pairs(
         data.retrieval_images, len(sprites.classes), targets, data.seed
@@ -208,7 +209,7 @@ def target_captions(data: Data, target: int, count: int, store: Path) -> tuple[s
     """Natural captions about the target (the paper's 131 mushroom captions of CC3M)."""
     if _real(data):
         return real_data.target_captions(data, target, count, store)
-    sprites = pictograms.load_sprites()
+    sprites = load_sprites()
     classes, name = len(sprites.classes), sprites.classes[target]
     captions: list[str] = []
     index = (target - data.seed) * pow(97, -1, classes) % classes  # caption_scene's label order

@@ -1,4 +1,4 @@
-"""The loss terms of activation tuning (section 3.3) and of the baselines, a function each."""
+"""The loss terms of inversion (section 3.2), tuning (3.3) and the baselines, a function each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from invertune.kernels import SsimStatistics, ssim_with
 from invertune.training import MAX_LOGIT_SCALE
+
+
+def align_loss(features: Tensor, head: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Cross-modal alignment [K] (eq. 3): cross-entropy over all classes, mean over images.
+
+    ``features`` [K, B, D] and ``head`` [N, D] are unit vectors, ``targets`` [K] class indices.
+    """
+    logits = features @ head.T / temperature
+    wanted = targets[:, None].expand(logits.shape[:2])
+    return F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").mean(1)
+
+
+def emb_loss(features: Tensor, reference: Tensor) -> Tensor:
+    """Embedding preservation [K] (eq. 4): mean over images of the L2 distance, not squared.
+
+    ``features`` [K, B, D] unit vectors; ``reference`` unit vectors that broadcast to them.
+    """
+    return torch.linalg.vector_norm(features - reference, dim=-1).mean(-1)
+
+
+def similarity_loss(images_tilde: Tensor, images: Tensor, statistics: SsimStatistics) -> Tensor:
+    """Visual similarity [K] (eq. 5): mean over images of 1 - SSIM.
+
+    ``images_tilde`` [K, B, 3, H, W], ``images`` [B, 3, H, W] and their ``statistics``.
+    """
+    return 1 - ssim_with(images_tilde, images, statistics).mean(1)
+
+
+def sparsity_loss(mask: Tensor) -> Tensor:
+    """Trigger sparsity [K] (eq. 6): the sum of |m| over ``mask`` [K, 3, H, W]."""
+    return mask.abs().sum((1, 2, 3))
 
 
 def activation_loss(

@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from invertune.provenance import file_hash
+from invertune.provenance import REPOSITORY, file_hash
 
-MODEL_FOLDER = Path(__file__).resolve().parent.parent / "data" / "mini" / "models"
+MODEL_FOLDER = REPOSITORY / "data" / "mini" / "models"
 BACKBONES = ("RN50", "RN101", "ViT-B-16", "ViT-B-32")
-WEIGHTS_LOCK = Path(__file__).resolve().parent.parent / "params" / "weights.lock"
+WEIGHTS_LOCK = REPOSITORY / "params" / "weights.lock"
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
 MERGES = "merges.txt.gz"

@@ -17,7 +17,7 @@ from random import Random
 import torch
 
 from invertune.data import DataError
-from invertune.pictograms import load_sprites
+from invertune.sprites import load_sprites
 from invertune.training import generator
 
 LONGEST_TERM = 3  # words

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invertune.kernels import SsimStatistics, compose, frozen_copy, ssim_statistics, ssim_with
+from invertune.kernels import compose, frozen_copy, ssim_statistics
+from invertune.losses import align_loss, emb_loss, similarity_loss, sparsity_loss
 from invertune.metrics import attack_success_rate
 from invertune.models import Clip, embed_images, image_features, to_pixels
 from invertune.sections import Inversion
@@ -76,37 +77,6 @@ class InvertedTrigger:
         """Smallest mask L1 among the states at the ASR floor; infinite if it was never reached."""
         reached = [s.mask_l1 for s in self.states if s.inverted_asr >= self.asr_floor]
         return min(reached, default=math.inf)
-
-
-def align_loss(features: Tensor, head: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Cross-modal alignment [K] (eq. 3): cross-entropy over all classes, mean over images.
-
-    ``features`` [K, B, D] and ``head`` [N, D] are unit vectors, ``targets`` [K] class indices.
-    """
-    logits = features @ head.T / temperature
-    wanted = targets[:, None].expand(logits.shape[:2])
-    return F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").mean(1)
-
-
-def emb_loss(features: Tensor, reference: Tensor) -> Tensor:
-    """Embedding preservation [K] (eq. 4): mean over images of the L2 distance, not squared.
-
-    ``features`` [K, B, D] unit vectors; ``reference`` unit vectors that broadcast to them.
-    """
-    return torch.linalg.vector_norm(features - reference, dim=-1).mean(-1)
-
-
-def similarity_loss(images_tilde: Tensor, images: Tensor, statistics: SsimStatistics) -> Tensor:
-    """Visual similarity [K] (eq. 5): mean over images of 1 - SSIM.
-
-    ``images_tilde`` [K, B, 3, H, W], ``images`` [B, 3, H, W] and their ``statistics``.
-    """
-    return 1 - ssim_with(images_tilde, images, statistics).mean(1)
-
-
-def sparsity_loss(mask: Tensor) -> Tensor:
-    """Trigger sparsity [K] (eq. 6): the sum of |m| over ``mask`` [K, 3, H, W]."""
-    return mask.abs().sum((1, 2, 3))
 
 
 def invert_triggers(
