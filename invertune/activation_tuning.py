@@ -35,6 +35,7 @@ from invertune.triggers import Trigger
 
 TIE_POINTS = 0.5
 Measure = Callable[[Clip], tuple[float, float]]
+Objective = Callable[[Clip, int], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -78,27 +79,6 @@ class Tuned:
         return next(s for s in self.states if (s.lr, s.step) == (self.lr, self.step))
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """What every learning rate shares, computed once on the suspected model.
-
-    ``clean`` and ``triggered`` are the tuning images' inputs of layer ``first``; no activation
-    after layer ``last`` is needed of the triggered ones; ``activations`` and ``features`` belong
-    to the clean ones; ``masks`` are the critical units as bool maps.
-    """
-
-    first: str | None
-    last: str | None
-    clean: Tensor
-    triggered: Tensor
-    activations: dict[str, Tensor]
-    features: Tensor
-    masks: dict[str, Tensor]
-    head: Tensor
-    settings: Tuning
-    seed: int
-
-
 def tune(
     clip: Clip,
     images: Tensor,
@@ -129,7 +109,7 @@ def tune(
     predicted = predictions(embed_images(suspected, images), head)
     diverse = diverse_indices(predicted.cpu(), target, settings.images, seed)
     clean = to_pixels(images[diverse], clip.device)
-    triggered = in_turn(found, clean)
+    triggered = triggers.in_turn(found, clean)
     measurer = partial(
         _measurer, suspected, found, heldout, heldout_labels, head, target, settings.measure_top
     )
@@ -156,11 +136,13 @@ def _tune(
 ) -> Tuned:
     """``tune`` with one selection of layers."""
     impacts, selection, neurons = locate(suspected, clean, triggered, settings, seed)
-    problem = _prepare(suspected, clean, triggered, neurons, head, settings, seed)
-    measure = measurer(problem.first)
-    before = _state(0.0, 0, measure(suspected), _losses(problem, suspected, 0))
+    fixed = settings.trainable == "critical_rows" and settings.bn_mode == "eval"
+    first = next(iter(neurons)) if fixed else None  # nothing before it can change
+    losses = _objective(suspected, first, clean, triggered, neurons, head, settings, seed)
+    measure = measurer(first)
+    before = _state(0.0, 0, measure(suspected), losses(suspected, 0))
     rows = rows_to_train(suspected, neurons, settings.trainable)
-    runs = [_tune_at(lr, suspected, problem, rows, measure) for lr in settings.lrs]
+    runs = [_tune_at(lr, suspected, losses, rows, measure, settings) for lr in settings.lrs]
     measured = [pair for run, _ in runs for pair in run]
     index, qualified = choose(
         [state for state, _ in measured], before.clean_accuracy, settings.allowed_ca_drop_points
@@ -181,14 +163,6 @@ def _tune(
         tuple(s for s, _ in measured),
         [r for _, log in runs for r in log],
     )
-
-
-def in_turn(found: Sequence[Trigger], images: Tensor) -> Tensor:
-    """Images [N, 3, H, W] in [0, 1] that take the triggers in turn, one each."""
-    triggered = images.clone()
-    for start, trigger in enumerate(found):
-        triggered[start :: len(found)] = triggers.apply(trigger, images[start :: len(found)])
-    return triggered
 
 
 def choose(
@@ -231,65 +205,51 @@ def diverse_indices(predicted: Tensor, target: int, count: int, seed: int) -> Te
     return order[torch.tensor(turns).argsort(stable=True)[:count]]
 
 
-def _losses(problem: _Problem, clip: Clip, step: int) -> dict[str, Tensor]:
-    """Eq. 11 on the batch of ``step``, with its two terms."""
-    settings = problem.settings
-    rows = batch_indices(len(problem.clean), settings.batch, problem.seed, step)
-    features, clean = tail_from(clip, problem.first)(problem.clean[rows])
-    triggered = maps_from(clip, problem.first, problem.last)(problem.triggered[rows])
-    if settings.align_form == "ratio":
-        activation = align_ratio_loss(clean, triggered, problem.masks)
-    else:
-        original = {layer: maps[rows] for layer, maps in problem.activations.items()}
-        activation = activation_loss(original, triggered, problem.masks, settings.reduction)
-    if settings.preserve_form == "feature":
-        preserve = preserve_feature_loss(features, problem.features[rows])
-    else:
-        preserve = preserve_loss(features, problem.features[rows], problem.head)
-    return {
-        "loss": activation + settings.beta * preserve,
-        "activation": activation,
-        "preserve": preserve,
-    }
-
-
-def _prepare(
-    clip: Clip,
+def _objective(
+    suspected: Clip,
+    first: str | None,
     clean: Tensor,
     triggered: Tensor,
     neurons: Mapping[str, Tensor],
     head: Tensor,
     settings: Tuning,
     seed: int,
-) -> _Problem:
-    """Everything that stays the same over all steps and rates.
+) -> Objective:
+    """Eq. 11 with its two terms, on the batch of a step; what all steps share is computed once.
 
-    Where nothing before the first critical layer can change, its input is what is kept. Batch
-    statistics, where they are trained, are those of whole forward passes.
+    Kept of the tuning images are their inputs of layer ``first``, and of the clean ones what the
+    suspected model makes of them. Of the triggered ones no activation after the last critical layer
+    is needed; batch statistics, where they are trained, are those of whole forward passes.
     """
-    fixed = settings.trainable == "critical_rows" and settings.bn_mode == "eval"
-    first = next(iter(neurons)) if fixed else None
     last = list(neurons)[-1] if settings.bn_mode == "eval" else None
-    prefix = prefix_to(clip, first)
+    prefix = prefix_to(suspected, first)
     clean, triggered = (
-        torch.cat(list(batched_inputs(prefix, images, clip.device)()))
+        torch.cat(list(batched_inputs(prefix, images, suspected.device)()))
         for images in (clean, triggered)
     )
     with torch.no_grad():
-        features, maps = tail_from(clip, first)(clean)
+        unchanged, maps = tail_from(suspected, first)(clean)
+    original = {layer: maps[layer] for layer in neurons}
     masks = {layer: unit_mask(m, maps[layer].shape[1:]) for layer, m in neurons.items()}
-    return _Problem(
-        first,
-        last,
-        clean,
-        triggered,
-        {layer: maps[layer] for layer in neurons},
-        features,
-        masks,
-        head,
-        settings,
-        seed,
-    )
+    del maps  # of layers that are not critical
+
+    def losses(clip: Clip, step: int) -> dict[str, Tensor]:
+        rows = batch_indices(len(clean), settings.batch, seed, step)
+        features, own = tail_from(clip, first)(clean[rows])
+        attacked = maps_from(clip, first, last)(triggered[rows])
+        if settings.align_form == "ratio":
+            activation = align_ratio_loss(own, attacked, masks)
+        else:
+            drawn = {layer: map_[rows] for layer, map_ in original.items()}
+            activation = activation_loss(drawn, attacked, masks, settings.reduction)
+        if settings.preserve_form == "feature":
+            preserve = preserve_feature_loss(features, unchanged[rows])
+        else:
+            preserve = preserve_loss(features, unchanged[rows], head)
+        loss = activation + settings.beta * preserve
+        return {"loss": loss, "activation": activation, "preserve": preserve}
+
+    return losses
 
 
 def _measurer(
@@ -307,7 +267,7 @@ def _measurer(
     prefix = prefix_to(suspected, first)
     clean = batched_inputs(prefix, heldout, suspected.device)
     triggered = batched_inputs(
-        lambda pixels: prefix(in_turn(found, pixels)), heldout[others], suspected.device
+        lambda pixels: prefix(triggers.in_turn(found, pixels)), heldout[others], suspected.device
     )
 
     @torch.no_grad()
@@ -332,11 +292,15 @@ def _state(lr: float, step: int, rates: tuple[float, float], terms: Mapping[str,
 
 
 def _tune_at(
-    lr: float, suspected: Clip, problem: _Problem, rows: Mapping[str, Tensor], measure: Measure
+    lr: float,
+    suspected: Clip,
+    losses: Objective,
+    rows: Mapping[str, Tensor],
+    measure: Measure,
+    settings: Tuning,
 ) -> tuple[list[tuple[State, dict[str, Tensor]]], list[dict[str, float]]]:
     """Phase 3 at one rate: each measured state with the tensors it changed, and the log."""
-    settings, original = problem.settings, suspected.net.state_dict()
-    tuned = clone(suspected)
+    original, tuned = suspected.net.state_dict(), clone(suspected)
     tuned.net.get_submodule("visual").train(settings.bn_mode == "train")
     train_only(tuned.net, rows)
     measured = []
@@ -350,17 +314,13 @@ def _tune_at(
         measured.append((_state(lr, step, measure(tuned), terms), changed))
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        terms = _losses(problem, tuned, step)
+        terms = losses(tuned, step)
         if step > 0 and step % settings.measure_every_steps == 0:
             record(step, terms)
         return terms
 
-    log = fit(
-        tuned.net,
-        loss_at,
-        Recipe(settings.steps, lr, weight_decay=0.0, schedule="constant"),
-        label=f"tuning at {lr:g}",
-    )
+    recipe = Recipe(settings.steps, lr, weight_decay=0.0, schedule="constant")
+    log = fit(tuned.net, loss_at, recipe, label=f"tuning at {lr:g}")
     with torch.no_grad():
-        record(settings.steps, _losses(problem, tuned, settings.steps))
+        record(settings.steps, losses(tuned, settings.steps))
     return measured, [{"lr": lr, **row} for row in log]

@@ -111,11 +111,6 @@ def _color(rng: np.random.Generator) -> tuple[str, np.ndarray]:
     return name, np.clip(np.asarray(COLORS[name]) + rng.normal(0, 16, 3), 0, 255)
 
 
-def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    coarse = Image.fromarray(rng.random((cells, cells)).astype(np.float32))
-    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))[..., None]
-
-
 def _background(
     rng: np.random.Generator, sprites: Sprites, size: int, plain: bool = False
 ) -> tuple[np.ndarray, str]:
@@ -131,7 +126,10 @@ def _background(
         t = np.clip(x * np.cos(angle) + y * np.sin(angle) + 0.5, 0, 1)[..., None]
         return first * (1 - t) + second * t, f"a {name} and {other} gradient"
     if kind < 0.74:
-        t = np.clip(_smooth_noise(rng, size, int(rng.integers(3, 12))), 0, 1)
+        cells = int(rng.integers(3, 12))
+        coarse = Image.fromarray(rng.random((cells, cells)).astype(np.float32))
+        cloud = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
+        t = np.clip(cloud[..., None], 0, 1)
         return first * (1 - t) + second * t, f"a cloudy {name} background"
     if kind < 0.84:
         angle, waves = rng.uniform(0, np.pi), rng.uniform(2, 7)
@@ -213,16 +211,10 @@ def _double(
     free = rng.uniform(0.3, 0.7, 2)
     axis = int(rng.integers(2))
     for k in range(2):
-        center = (places[k, 0], free[k]) if axis else (free[k], places[k, 0])
+        x, y = (places[k, 0], free[k]) if axis else (free[k], places[k, 0])
         side = rng.uniform(0.42, 0.6) * size
-        _draw(
-            canvas,
-            rng,
-            sprites,
-            _pick(rng, drawings[k]),
-            side,
-            (center[0] * size, center[1] * size),
-        )
+        drawing = _pick(rng, drawings[k])
+        _draw(canvas, rng, sprites, drawing, side, (x * size, y * size))
     n, m = (sprites.classes[label] for label in labels)
     names = {"n": n, "m": m, "a": _with_article(n), "b": _with_article(m)}
     chosen = rng.permutation(len(PAIR))[:captions]
@@ -250,11 +242,6 @@ def _caption(
     )
 
 
-def _other(rng: np.random.Generator, count: int, label: int) -> int:
-    other = int(rng.integers(count - 1))
-    return other + (other >= label)
-
-
 def caption_scene(
     part: str, index: int, size: int, seed: int, sprites: Sprites, two_objects: float = 0.35
 ) -> Scene:
@@ -263,7 +250,8 @@ def caption_scene(
     label = (index * 97 + seed) % len(sprites.classes)
     if rng.random() >= two_objects:
         return _single(rng, sprites, size, label, sprites.training[label])
-    other = _other(rng, len(sprites.classes), label)
+    other = int(rng.integers(len(sprites.classes) - 1))
+    other += other >= label
     drawings = (sprites.training[label], sprites.training[other])
     return _double(rng, sprites, size, (label, other), drawings, 1)
 

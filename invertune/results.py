@@ -6,21 +6,18 @@ Rows are kept as the text that stands in the file, so the same run twice gives t
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import fcntl
 import io
 import math
 import numbers
-import os
 import re
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from invertune.files import locked, write_atomic
 from invertune.metrics import Rate
 from invertune.models import BACKBONES
 from invertune.provenance import REPOSITORY
@@ -293,23 +290,3 @@ def csv_bytes(rows: Iterable[Row], columns: Sequence[str]) -> bytes:
     """CSV with a header, Unix line ends and UTF-8, the same bytes on every machine."""
     frame = pd.DataFrame(rows, columns=columns, dtype=object)
     return frame.to_csv(index=False, lineterminator="\n").encode()
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes ``content`` so that a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds a lock beside ``path``: read, merge and replace must not interleave between jobs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from invertune.kernels import frozen_copy
 from invertune.metrics import predicted_counts
-from invertune.models import Clip, embed_images, to_pixels
+from invertune.models import Clip, embed_images
 from invertune.perturbations import MAKERS, View, perturb
 from invertune.sections import Identification, Inversion
 from invertune.trigger_inversion import InvertedTrigger, Run, invert_triggers
@@ -118,10 +118,7 @@ def measure(
     perturbed: Callable[[Tensor], Tensor],
 ) -> Increase:
     """Predicted class counts before and after a perturbation (Tables 6-11)."""
-    features = [
-        embed_images(clip, perturbed(to_pixels(part, clip.device))) for part in images.split(256)
-    ]
-    adversarial = predicted_counts(torch.cat(features), head)
+    adversarial = predicted_counts(embed_images(clip, images, change=perturbed), head)
     return Increase(predicted.bincount(minlength=len(head)), adversarial)
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from invertune import triggers
 from invertune.kernels import compose, frozen_copy, ssim_statistics
 from invertune.losses import align_loss, emb_loss, similarity_loss, sparsity_loss
 from invertune.metrics import attack_success_rate
@@ -126,11 +127,9 @@ def inverted_asr(
     Images whose ``labels`` [N] equal ``target`` are left out; the other arguments are those of
     ``invert_triggers``.
     """
-    features = [
-        embed_images(clip, compose(to_pixels(part, clip.device), mask[None], pattern[None])[0])
-        for part in heldout.split(256)
-    ]
-    return attack_success_rate(torch.cat(features), head, labels, target).value
+    stamp = partial(triggers.compose, mask=mask, pattern=pattern)
+    features = embed_images(clip, heldout, change=stamp)
+    return attack_success_rate(features, head, labels, target).value
 
 
 def pattern_bounds(clip: Clip, clamp: str) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ trigger drawn anew for every image could not be modeled by one mask and pattern.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,14 @@ def apply(trigger: Trigger, images: Tensor) -> Tensor:
         raise ValueError(f"images must be floating point in [0, 1], not {images.dtype}")
     tensors = {name: tensor.to(images) for name, tensor in trigger.tensors.items()}
     return KINDS[trigger.kind](images, **tensors, **trigger.scalars)
+
+
+def in_turn(found: Sequence[Trigger], images: Tensor) -> Tensor:
+    """Images [N, 3, H, W] in [0, 1] that take the triggers in turn, one each."""
+    triggered = images.clone()
+    for start, trigger in enumerate(found):
+        triggered[start :: len(found)] = apply(trigger, images[start :: len(found)])
+    return triggered
 
 
 def covered(trigger: Trigger) -> Tensor | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from invertune.activation_tuning import State, Tuned, choose, diverse_indices, in_turn, tune
+from invertune.activation_tuning import State, Tuned, choose, diverse_indices, tune
 from invertune.activations import maps_from, prefix_to, rows_to_train, tail_from
 from invertune.losses import activation_loss, align_ratio_loss, preserve_feature_loss, preserve_loss
 from invertune.models import MODEL_FOLDER, Clip, build_clip, image_features
@@ -231,15 +231,6 @@ def test_a_trigger_succeeds_where_the_target_is_in_the_measured_top(planted):
     assert (rates[0] <= rates[1]).all() and (rates[1] <= rates[2]).all()
     assert (rates[0] < rates[1]).any()
     assert rates[2].eq(100).all()
-
-
-def test_images_take_the_triggers_in_turn():
-    images = torch.zeros(5, 3, 4, 4)
-    black, white = (mask_trigger(torch.ones(3, 4, 4), torch.full((3, 4, 4), v)) for v in (0.2, 0.9))
-    means = in_turn([black, white], images).mean((1, 2, 3))
-    assert means.tolist() == pytest.approx([0.2, 0.9, 0.2, 0.9, 0.2])
-    assert torch.equal(in_turn([white], images), in_turn([white, white], images))
-    assert images.eq(0).all()
 
 
 @pytest.mark.parametrize("backbone", ["RN50", "ViT-B-32"])

@@ -267,6 +267,17 @@ def test_bad_values_are_named(call: object, words: str) -> None:
         call()  # type: ignore[operator]
 
 
+def test_images_take_the_triggers_in_turn() -> None:
+    images = torch.zeros(5, 3, 4, 4)
+    whole = torch.ones(3, 4, 4)
+    black, white = (triggers.mask_trigger(whole, whole * value) for value in (0.2, 0.9))
+    means = triggers.in_turn([black, white], images).mean((1, 2, 3))
+    assert means.tolist() == pytest.approx([0.2, 0.9, 0.2, 0.9, 0.2])
+    again = triggers.in_turn([white, white], images)
+    assert torch.equal(triggers.in_turn([white], images), again)
+    assert images.eq(0).all()
+
+
 def test_energy_share_is_the_part_of_the_squares_under_the_patch() -> None:
     place = triggers.covered(triggers.patch_trigger(torch.rand(3, 2, 3), 8))
     assert place is not None and place.nonzero().tolist() == [
