@@ -19,23 +19,20 @@ from invertune.activations import (
     Selection,
     batched_inputs,
     locate,
-    maps_from,
     prefix_to,
     rows_to_train,
     tail_from,
     train_only,
-    unit_mask,
 )
-from invertune.losses import activation_loss, align_ratio_loss, preserve_feature_loss, preserve_loss
+from invertune.losses import Objective, tuning_objective
 from invertune.metrics import attack_success_rate, clean_accuracy, predictions
 from invertune.models import Clip, clone, embed_images, set_state, to_pixels
 from invertune.sections import Tuning
-from invertune.training import Recipe, batch_indices, fit, generator
+from invertune.training import Recipe, fit, generator
 from invertune.triggers import Trigger
 
 TIE_POINTS = 0.5
 Measure = Callable[[Clip], tuple[float, float]]
-Objective = Callable[[Clip, int], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class State:
 class Tuned:
     """The purified ``clip`` and how it came about.
 
-    ``neurons`` holds a bool mask per critical layer; ``lr`` and ``step`` name the chosen state;
+    ``neurons`` holds a bool mask per critical layer; ``kept`` is the chosen one of the ``states``;
     ``qualified`` is False where every state lost more accuracy than allowed; ``suspected`` is the
     model before tuning (step 0); ``log`` has the losses of every rate.
     """
@@ -66,17 +63,11 @@ class Tuned:
     selection: Selection
     impacts: dict[str, float]
     neurons: dict[str, Tensor]
-    lr: float
-    step: int
+    kept: State
     qualified: bool
     suspected: State
     states: tuple[State, ...]
     log: list[dict[str, float]]
-
-    @property
-    def kept(self) -> State:
-        """The chosen state."""
-        return next(s for s in self.states if (s.lr, s.step) == (self.lr, self.step))
 
 
 def tune(
@@ -138,7 +129,7 @@ def _tune(
     impacts, selection, neurons = locate(suspected, clean, triggered, settings, seed)
     fixed = settings.trainable == "critical_rows" and settings.bn_mode == "eval"
     first = next(iter(neurons)) if fixed else None  # nothing before it can change
-    losses = _objective(suspected, first, clean, triggered, neurons, head, settings, seed)
+    losses = tuning_objective(suspected, first, clean, triggered, neurons, head, settings, seed)
     measure = measurer(first)
     before = _state(0.0, 0, measure(suspected), losses(suspected, 0))
     rows = rows_to_train(suspected, neurons, settings.trainable)
@@ -156,8 +147,7 @@ def _tune(
         selection,
         impacts,
         neurons,
-        chosen.lr,
-        chosen.step,
+        chosen,
         qualified,
         before,
         tuple(s for s, _ in measured),
@@ -203,53 +193,6 @@ def diverse_indices(predicted: Tensor, target: int, count: int, seed: int) -> Te
         turns.append(taken[label])
         taken[label] += 1
     return order[torch.tensor(turns).argsort(stable=True)[:count]]
-
-
-def _objective(
-    suspected: Clip,
-    first: str | None,
-    clean: Tensor,
-    triggered: Tensor,
-    neurons: Mapping[str, Tensor],
-    head: Tensor,
-    settings: Tuning,
-    seed: int,
-) -> Objective:
-    """Eq. 11 with its two terms, on the batch of a step; what all steps share is computed once.
-
-    Kept of the tuning images are their inputs of layer ``first``, and of the clean ones what the
-    suspected model makes of them. Of the triggered ones no activation after the last critical layer
-    is needed; batch statistics, where they are trained, are those of whole forward passes.
-    """
-    last = list(neurons)[-1] if settings.bn_mode == "eval" else None
-    prefix = prefix_to(suspected, first)
-    clean, triggered = (
-        torch.cat(list(batched_inputs(prefix, images, suspected.device)()))
-        for images in (clean, triggered)
-    )
-    with torch.no_grad():
-        unchanged, maps = tail_from(suspected, first)(clean)
-    original = {layer: maps[layer] for layer in neurons}
-    masks = {layer: unit_mask(m, maps[layer].shape[1:]) for layer, m in neurons.items()}
-    del maps  # of layers that are not critical
-
-    def losses(clip: Clip, step: int) -> dict[str, Tensor]:
-        rows = batch_indices(len(clean), settings.batch, seed, step)
-        features, own = tail_from(clip, first)(clean[rows])
-        attacked = maps_from(clip, first, last)(triggered[rows])
-        if settings.align_form == "ratio":
-            activation = align_ratio_loss(own, attacked, masks)
-        else:
-            drawn = {layer: map_[rows] for layer, map_ in original.items()}
-            activation = activation_loss(drawn, attacked, masks, settings.reduction)
-        if settings.preserve_form == "feature":
-            preserve = preserve_feature_loss(features, unchanged[rows])
-        else:
-            preserve = preserve_loss(features, unchanged[rows], head)
-        loss = activation + settings.beta * preserve
-        return {"loss": loss, "activation": activation, "preserve": preserve}
-
-    return losses
 
 
 def _measurer(

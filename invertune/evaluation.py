@@ -6,6 +6,7 @@ Zero-shot classification and image-to-text retrieval, each measured by the one f
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def evaluated(
 
     def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         rates = {**_zero_shot(chain, model.clip, trigger), **_retrieval(chain, model.clip, trigger)}
-        return {}, {k: [r.value, r.n, r.low, r.high] for k, r in rates.items()}
+        return {}, {k: list(astuple(r)) for k, r in rates.items()}
 
     keyed = {
         "target": own.target,

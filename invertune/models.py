@@ -118,17 +118,14 @@ def assemble(
         config["vision_cfg"]["timm_model_pretrained"] = False
     net = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
     net.logit_bias = None  # SigLIP's moves all logits alike: nothing here depends on it
+    usual = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     mean, std = (
-        torch.tensor(preprocess.get(key, default), device=device).view(1, 3, 1, 1)
-        for key, default in (
-            ("mean", open_clip.OPENAI_DATASET_MEAN),
-            ("std", open_clip.OPENAI_DATASET_STD),
-        )
+        torch.tensor(preprocess.get(key, values), device=device).view(1, 3, 1, 1)
+        for key, values in usual.items()
     )
     net = net.eval().to(device, memory_format=torch.channels_last)
-    return Clip(
-        backbone, net, tokenizer, mean, std, int(config["vision_cfg"].get("image_size", 224))
-    )
+    size = int(config["vision_cfg"].get("image_size", 224))
+    return Clip(backbone, net, tokenizer, mean, std, size)
 
 
 def load_embedded(

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from invertune.sections import BadClip, Settings
+from invertune.sections import INVERSION_SWITCHES, TUNING_SWITCHES, WEIGHTS, BadClip, Settings
 from invertune.settings import SettingsError, changed, compared, load_settings
 
 RATES = Path(__file__).resolve().parent.parent / "expected" / "rates.json"
@@ -141,14 +141,12 @@ def _patch_passes(badclip: BadClip) -> int:
 
 def _ablations(settings: Settings) -> list[Work]:
     """Notebook 07: one value changed at a time; the profile's own values cost nothing."""
-    own, weights = settings.ablations, [f"lambda{i}" for i in (1, 2, 3, 4)]
-    switches = [name for name in type(own.inversion).model_fields if name not in weights]
-    forms = [name for name in type(own.tuning).model_fields if name != "beta"]
-    parts = [
-        ("loss weights", own.weight_attacks, "inversion", weights),
+    own = settings.ablations
+    parts: list[tuple[str, Sequence[str], str, Sequence[str]]] = [
+        ("loss weights", own.weight_attacks, "inversion", WEIGHTS),
         ("beta", own.beta_attacks, "tuning", ["beta"]),
-        ("inversion forms", own.switch_attacks, "inversion", switches),
-        ("tuning forms", own.switch_attacks, "tuning", forms),
+        ("inversion forms", own.switch_attacks, "inversion", INVERSION_SWITCHES),
+        ("tuning forms", own.switch_attacks, "tuning", TUNING_SWITCHES),
     ]
     work = []
     for step, attacks, section, names in parts:

@@ -59,8 +59,9 @@ class InvertedTrigger:
     """The best state of one run.
 
     ``mask`` and ``pattern`` are float32 [3, H, W] in [0, 1]; ``step`` counts updates. Of the
-    measured ``states`` whose ASR is at least ``asr_floor`` percent it has the smallest mask L1;
-    where there is none, the highest ASR. ``log`` has a row per 5 steps, as in ``TERMS``.
+    measured ``states`` whose ASR is at least the settings' floor it has the smallest mask L1, the
+    ``mask_l1_at_equal_asr``; where there is none (then that is infinite), the highest ASR. ``log``
+    has a row per 5 steps, as in ``TERMS``.
     """
 
     run: Run
@@ -69,15 +70,9 @@ class InvertedTrigger:
     inverted_asr: float
     mask_l1: float
     step: int
-    asr_floor: float
+    mask_l1_at_equal_asr: float
     states: tuple[State, ...]
     log: tuple[dict[str, float], ...]
-
-    @property
-    def mask_l1_at_equal_asr(self) -> float:
-        """Smallest mask L1 among the states at the ASR floor; infinite if it was never reached."""
-        reached = [s.mask_l1 for s in self.states if s.inverted_asr >= self.asr_floor]
-        return min(reached, default=math.inf)
 
 
 def invert_triggers(
@@ -285,12 +280,9 @@ def _result(
     kept: Sequence[tuple[State, Tensor, Tensor]],
     log: Sequence[dict[str, float]],
 ) -> InvertedTrigger:
-    floor = settings.asr_floor_percent
-    reached = [one for one in kept if one[0].inverted_asr >= floor]
-    if reached:
-        best, mask, pattern = min(reached, key=lambda one: one[0].mask_l1)
-    else:
-        best, mask, pattern = max(kept, key=lambda one: one[0].inverted_asr)
+    reached = [one for one in kept if one[0].inverted_asr >= settings.asr_floor_percent]
+    smallest = min(reached, key=lambda one: one[0].mask_l1, default=None)
+    best, mask, pattern = smallest or max(kept, key=lambda one: one[0].inverted_asr)
     return InvertedTrigger(
         run,
         mask,
@@ -298,7 +290,7 @@ def _result(
         best.inverted_asr,
         best.mask_l1,
         best.step,
-        floor,
+        best.mask_l1 if reached else math.inf,
         tuple(state for state, _, _ in kept),
         tuple(log),
     )

@@ -260,9 +260,10 @@ def test_tuning_lowers_the_inverted_asr_and_keeps_the_accuracy(backbone):
     assert tuned.suspected.preserve == 0
     visited = [(s.lr, s.step) for s in tuned.states]
     assert visited == [(lr, step) for lr in (1e-6, 0.001) for step in (10, 20, 30)]
-    chosen = tuned.states[visited.index((tuned.lr, tuned.step))]
+    chosen = tuned.kept
+    assert chosen in tuned.states
     assert tuned.qualified
-    assert tuned.lr == 0.001
+    assert tuned.kept.lr == 0.001
     assert chosen.inverted_asr < tuned.suspected.inverted_asr - 20
     assert chosen.activation < tuned.suspected.activation / 2
     assert chosen.clean_accuracy >= tuned.suspected.clean_accuracy - 4
@@ -270,7 +271,7 @@ def test_tuning_lowers_the_inverted_asr_and_keeps_the_accuracy(backbone):
 
 def test_the_returned_weights_are_those_of_the_chosen_state(planted):
     tuned = run(planted, steps=7)
-    chosen = next(s for s in tuned.states if (s.lr, s.step) == (tuned.lr, tuned.step))
+    chosen = tuned.kept
     assert [s.step for s in tuned.states] == [3, 6, 7]
     with torch.no_grad():
         features = image_features(tuned.clip, planted.images[30:].float() / 255)
