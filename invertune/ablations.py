@@ -21,7 +21,7 @@ from invertune.models import set_state
 from invertune.reports import full_mask, grid, increases, metric_row, shared_columns
 from invertune.results import variant_text
 from invertune.sections import INVERSION_SWITCHES, TUNING_SWITCHES, WEIGHTS  # noqa: F401
-from invertune.settings import compared
+from invertune.settings import compared, suspects
 from invertune.store import Artifact
 
 TABLE3 = {"inverted": ("inverted",), "uap": ("universal",), "both": ("inverted", "universal")}
@@ -44,7 +44,7 @@ def variants(chain: Chain, section: str, names: Iterable[str]) -> list[str]:
 
 def chosen(chain: Chain, attacks: Sequence[str]) -> list[tuple[str, int]]:
     """The profile's attacks that are among ``attacks``, with every seed."""
-    return [(attack, seed) for attack, seed in grid(chain) if attack in attacks]
+    return suspects(chain.settings, among=attacks)
 
 
 def inversion_rows(chain: Chain, attacks: Sequence[str], names: Iterable[str], item: str) -> Rows:

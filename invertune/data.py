@@ -131,17 +131,17 @@ def caption_pairs(data: Data, part: str, count: int, store: Path) -> Pairs:
     if _real(data):
         found = real_data.pairs(data, part, count, store)
         unknown = torch.full((len(found.images), 2), -1)
-        captions = tuple(own[0] for own in found.captions)
-        return Pairs(found.images, captions, unknown, cycled=False, file=found.file)
+        texts = tuple(own[0] for own in found.captions)
+        return Pairs(found.images, texts, unknown, cycled=False, file=found.file)
     sprites = load_sprites()
-    scenes = _scenes(
+    images, captions, objects = _scenes(
         data,
         part,
         count,
         store,
         lambda i: pictograms.caption_scene(part, i, data.image_size_px, data.seed, sprites),
     )
-    return Pairs(scenes.images, tuple(c[0] for c in scenes.captions), scenes.objects)
+    return Pairs(images, tuple(own[0] for own in captions), objects)
 
 
 def labeled_images(data: Data, part: str, count: int, store: Path, style: str = "") -> Labeled:
@@ -157,7 +157,7 @@ def labeled_images(data: Data, part: str, count: int, store: Path, style: str = 
         return Labeled(found.images, found.labels)
     sprites = load_sprites()
     unseen = part == "evaluation"
-    scenes = _scenes(
+    images, _, objects = _scenes(
         data,
         f"{part}, {style}" if style else part,
         count,
@@ -166,7 +166,7 @@ def labeled_images(data: Data, part: str, count: int, store: Path, style: str = 
             part, i, data.image_size_px, data.seed, sprites, unseen, style
         ),
     )
-    return Labeled(scenes.images, scenes.objects[:, 0])
+    return Labeled(images, objects[:, 0])
 
 
 def retrieval_scenes(data: Data, store: Path) -> Retrieval:
@@ -179,14 +179,14 @@ def retrieval_scenes(data: Data, store: Path) -> Retrieval:
     pairs = pictograms.retrieval_pairs(
         data.retrieval_images, len(sprites.classes), targets, data.seed
     )
-    scenes = _scenes(
+    images, captions, _ = _scenes(
         data,
         "retrieval",
         data.retrieval_images,
         store,
         lambda i: pictograms.retrieval_scene(i, pairs[i], data.image_size_px, data.seed, sprites),
     )
-    return _retrieval(scenes.images, scenes.captions)
+    return _retrieval(images, captions)
 
 
 def _retrieval(images: Tensor, captions: list[list[str]]) -> Retrieval:
@@ -220,17 +220,10 @@ def target_captions(data: Data, target: int, count: int, store: Path) -> tuple[s
     return tuple(captions[:count])
 
 
-@dataclass(frozen=True)
-class _Composed:
-    images: Tensor
-    captions: list[list[str]]
-    objects: Tensor
-
-
 def _scenes(
     data: Data, part: str, count: int, store: Path, compose: Callable[[int], Scene]
-) -> _Composed:
-    """Composes ``count`` scenes of a part, or finds them in the store."""
+) -> tuple[Tensor, list[list[str]], Tensor]:
+    """Composes ``count`` scenes of a part, or finds them: images, captions, objects [N, 2]."""
 
     def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
         scenes = [compose(i) for i in range(count)]
@@ -250,8 +243,7 @@ def _scenes(
         seed=data.seed,
     )
     tensors = artifact.tensors("scenes")
-    captions = artifact.metrics["captions"]
-    return _Composed(tensors["images"], captions, tensors["objects"])
+    return tensors["images"], artifact.metrics["captions"], tensors["objects"]
 
 
 def _real(data: Data) -> bool:

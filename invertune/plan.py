@@ -17,10 +17,16 @@ from typing import Any
 import yaml
 
 from invertune.sections import INVERSION_SWITCHES, TUNING_SWITCHES, WEIGHTS, BadClip, Settings
-from invertune.settings import SettingsError, changed, compared, load_settings
+from invertune.settings import (
+    SettingsError,
+    changed,
+    compared,
+    load_settings,
+    other_models,
+    suspects,
+)
 
 RATES = Path(__file__).resolve().parent.parent / "expected" / "rates.json"
-CONTROLS = 2  # the clean model and the clean model fine-tuned without poison (the nulls)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ def _seeds(text: str) -> list[int]:
 def planned(settings: Settings) -> list[Work]:
     """The steps of all notebooks for these settings, over all seeds; baselines: at most."""
     attacks, seeds = settings.attacks, len(settings.seeds)
-    models = seeds * (len(attacks.names) + CONTROLS)
+    models, defended = len(suspects(settings, nulls=True)), len(suspects(settings))
     work = [
         Work("01_attacks", name, seeds, _passes(getattr(attacks, name)), "finetune")
         for name in attacks.names
@@ -91,8 +97,7 @@ def planned(settings: Settings) -> list[Work]:
         work.append(Work("01_attacks", "badclip patch", seeds, patch, "badclip_patch"))
     passes = invertune_passes(settings)
     own, rebound = settings.baselines, settings.rebound
-    defended = seeds * len(attacks.names)
-    again = seeds * len(set(attacks.names) & set(rebound.attacks)) * (len(own.names) + 1)
+    again = len(suspects(settings, among=rebound.attacks)) * (len(own.names) + 1)
     return [
         *work,
         *(
@@ -118,7 +123,7 @@ def planned(settings: Settings) -> list[Work]:
 def _generalization(settings: Settings) -> list[Work]:
     """Notebook 06, at most: a backbone without weights is left out, equal models are shared."""
     notebook, own, seeds = "06_generalization", settings.generalization, len(settings.seeds)
-    models = seeds * (len(own.targets) + len(own.backbones))
+    models = seeds * len(other_models(settings))
     attack = getattr(settings.attacks, own.attack)
     work = [Work(notebook, own.attack, models, _passes(attack), "finetune")]
     if own.attack == "badclip":
@@ -127,7 +132,7 @@ def _generalization(settings: Settings) -> list[Work]:
     for step, exposures in invertune_passes(settings).items():
         runs = models + 3 * seeds  # few images, another style, target not in the class list
         work.append(Work(notebook, step, runs, exposures, rates.get(step, "inversion")))
-    for name in (defense for defense in own.defenses if defense != "invertune"):
+    for name in own.baselines:
         section = getattr(settings.baselines, name)
         tried = min(len(section.lrs), own.baseline_lrs)
         work.append(Work(notebook, name, models, tried * _passes(section), name))
@@ -152,12 +157,10 @@ def _ablations(settings: Settings) -> list[Work]:
     for step, attacks, section, names in parts:
         cases = [(name, v) for name in names for v in compared(settings, section, name)[1:]]
         passes = sum(invertune_passes(changed(settings, section, *c))[section] for c in cases)
-        runs = len(settings.seeds) * len(set(settings.attacks.names) & set(attacks))
+        runs = len(suspects(settings, among=attacks))
         work.append(Work("07_ablations", step, runs, passes, section))
-    runs = len(settings.seeds) * len(set(settings.attacks.names) & set(own.perturbation_attacks))
-    passes = (
-        2 * invertune_passes(settings)["tuning"]
-    )  # either trigger alone, or both: one is its own
+    runs = len(suspects(settings, among=own.perturbation_attacks))
+    passes = 2 * invertune_passes(settings)["tuning"]  # either trigger, or both: one is its own
     return [*work, Work("07_ablations", "perturbation", runs, passes, "tuning")]
 
 

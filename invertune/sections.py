@@ -16,6 +16,7 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Attack = Literal["badnet", "blended", "sig", "wanet", "badencoder", "badclip"]
 Baseline = Literal["ft", "cleanclip", "cleanerclip", "par"]
 Backbone = Literal["RN50", "RN101", "ViT-B-16", "ViT-B-32"]
+NULLS = ("none", "clean_finetuned")  # models without a backdoor, beside the attacks
 
 
 class Section(BaseModel):
@@ -243,15 +244,17 @@ class Generalization(Section):
         "noto", "twemoji", "emojione", "fxemoji", "fluent-flat", "fluent-3d", "openclipart"
     ]
 
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The ``defenses`` but InverTune."""
+        return tuple(name for name in self.defenses if name != "invertune")
+
 
 def _changes(section: type[Section], *fixed: str) -> type[Section]:
     """Values that take the place of the same settings of ``section``, of all but the ``fixed``."""
     kinds = get_type_hints(section, include_extras=True)
-    fields: dict[str, Any] = {
-        name: (GenericAlias(tuple, (kind, ...)), ...)
-        for name, kind in kinds.items()
-        if name in section.model_fields and name not in fixed
-    }
+    names = [name for name in section.model_fields if name not in fixed]
+    fields: dict[str, Any] = {n: (GenericAlias(tuple, (kinds[n], ...)), ...) for n in names}
     return create_model(f"{section.__name__}Changes", __base__=Section, **fields)
 
 
