@@ -24,9 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from invertune.files import write_atomic
 from invertune.provenance import REPOSITORY, file_hash
+from invertune.sections import BACKBONES
 
 MODEL_FOLDER = REPOSITORY / "data" / "mini" / "models"
-BACKBONES = ("RN50", "RN101", "ViT-B-16", "ViT-B-32")
 WEIGHTS_LOCK = REPOSITORY / "params" / "weights.lock"
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"

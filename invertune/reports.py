@@ -21,7 +21,7 @@ from invertune.chain import NULLS, Chain, pretrained
 from invertune.evaluation import evaluated
 from invertune.metrics import Rate
 from invertune.provenance import REPOSITORY
-from invertune.results import rate_row, row, write_rows, write_runs
+from invertune.results import row, write_rows, write_runs
 from invertune.settings import suspects
 from invertune.store import Artifact
 from invertune.target_identification import Increase, ranked_increases
@@ -91,8 +91,7 @@ def metric_row(
     base: dict[str, Any], metric: str, value: Rate | float, **columns: Any
 ) -> dict[str, str]:
     """A row of ``base`` with one number, and its interval where it is a rate."""
-    given = {**base, **columns, "metric": metric}
-    return rate_row(value, **given) if isinstance(value, Rate) else row(value=value, **given)
+    return row(**{**base, **columns, "metric": metric, "value": value})
 
 
 def rates(artifact: Artifact) -> dict[str, Rate]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import GenericAlias
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -16,6 +16,7 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Attack = Literal["badnet", "blended", "sig", "wanet", "badencoder", "badclip"]
 Baseline = Literal["ft", "cleanclip", "cleanerclip", "par"]
 Backbone = Literal["RN50", "RN101", "ViT-B-16", "ViT-B-32"]
+BACKBONES = get_args(Backbone)
 NULLS = ("none", "clean_finetuned")  # models without a backdoor, beside the attacks
 
 
