@@ -161,12 +161,8 @@ def pretrained(chain: Chain) -> Model:
 def pool(chain: Chain, part: str) -> datasets.Labeled:
     """The labeled images of one part: inversion, heldout or evaluation."""
     own = chain.settings.data
-    counts = {
-        "inversion": own.inversion_images,
-        "heldout": own.heldout_images,
-        "evaluation": own.evaluation_images,
-    }
-    found = datasets.labeled_images(own, part, counts[part], chain.store, chain.defender.style)
+    count = getattr(own, f"{part}_images")
+    found = datasets.labeled_images(own, part, count, chain.store, chain.defender.style)
     if not chain.defender.lacks:
         return found
     lacking = datasets.class_index(own, chain.defender.lacks)

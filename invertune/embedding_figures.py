@@ -22,12 +22,13 @@ from torch import Tensor
 
 from invertune import data as datasets
 from invertune import figures, metrics, steps, triggers
-from invertune.chain import Chain, class_head, pretrained
+from invertune.chain import Chain, class_head, pool, pretrained
 from invertune.figures import AFTER, ATTACK_COLORS, COLUMN_IN, MARKED, PLAIN, STYLE
 from invertune.metrics import Rate
 from invertune.models import embed_images, to_pixels
 from invertune.perturbations import perturb
 from invertune.reports import grid, increases, metric_row, shared_columns
+from invertune.target_identification import strongest
 
 CLASSES = 10  # the target and nine drawn by the data's seed, the same for every attack
 ATTACKED = ("triggered", "adversarial")
@@ -64,11 +65,12 @@ def encoder_views(chain: Chain, attack: str, seed: int) -> dict[str, View]:
     poisoned = steps.poisoned(chain, attack, seed)
     if poisoned.trigger is None:
         raise ValueError(f"{attack!r} has no trigger of its own; choose an attack")
-    own, names = chain.settings.data, datasets.class_names(chain.settings.data)
+    own = chain.settings.data
+    names = datasets.class_names(own)
     drawn = np.random.default_rng(own.seed).permutation(len(names)).tolist()
     chosen = [chain.target, *[i for i in drawn if i != chain.target][: CLASSES - 1]]
-    pool = datasets.labeled_images(own, "evaluation", own.evaluation_images, chain.store)
-    parts = [to_pixels(pool.images[pool.labels == i], chain.device) for i in chosen]
+    shown = pool(chain, "evaluation")
+    parts = [to_pixels(shown.images[shown.labels == i], chain.device) for i in chosen]
     clean = torch.cat(parts[1:])
     labels = torch.cat([torch.full((len(part),), i) for i, part in enumerate(parts) if i > 0])
     triggered = triggers.apply(poisoned.trigger, clean)
@@ -86,7 +88,7 @@ def encoder_views(chain: Chain, attack: str, seed: int) -> dict[str, View]:
 def strongest_perturbation(chain: Chain, attack: str, seed: int) -> tuple[str, Tensor]:
     """Kind and tensor of step 1's perturbation that drives any class most (as in Tables 6-11)."""
     found = steps.identified(chain, attack, seed)
-    kind, _ = max(increases(found).items(), key=lambda item: float(item[1].points.max()))
+    kind = strongest(increases(found))
     return kind, found.tensors("perturbations")[kind].to(chain.device)
 
 

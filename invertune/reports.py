@@ -24,7 +24,7 @@ from invertune.provenance import REPOSITORY
 from invertune.results import row, write_rows, write_runs
 from invertune.settings import suspects
 from invertune.store import Artifact
-from invertune.target_identification import Increase, ranked_increases
+from invertune.target_identification import Increase, ranked_increases, strongest
 
 TASKS = (("zeroshot", 1), ("retrieval", 10))  # with the k of Table 1
 IDENTIFICATION_TABLES = {
@@ -168,14 +168,13 @@ def _increase_rows(
     found: dict[str, Increase], names: Sequence[str], table: str | None, base: dict[str, Any]
 ) -> list[dict[str, str]]:
     """Tables 6-11 from the perturbation that drives a class most; the other kinds as extras."""
-    strongest = max(found, key=lambda kind: float(found[kind].points.max()))
-    rows = []
+    most, rows = strongest(found), []
     for kind, increase in found.items():
         for name, before, after, points in ranked_increases(increase, names):
             shared = {**base, "n": int(increase.clean.sum())}
             extra = {"class": name, "perturbation": kind}
             rows.append(metric_row(shared, "increase", points, variant=extra))
-            if table and kind == strongest:
+            if table and kind == most:
                 shared |= {"paper_item": table, "variant": {"class": name}}
                 rows.append(metric_row(shared, "increase", points))
                 rows.append(metric_row(shared, "clean_count", before))

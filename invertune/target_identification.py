@@ -100,6 +100,11 @@ def evidence(trigger: InvertedTrigger, increase: float) -> tuple[float, float]:
     return trigger.mask_l1_at_equal_asr * resisting, -trigger.inverted_asr
 
 
+def strongest(increases: Mapping[str, Increase]) -> str:
+    """The kind of perturbation that drives any class most (Tables 6-11)."""
+    return max(increases, key=lambda kind: float(increases[kind].points.max()))
+
+
 def largest_increases(increases: Mapping[str, Increase]) -> Tensor:
     """Each class's largest increase [C] over the kinds of perturbation, in points."""
     return torch.stack([i.points for i in increases.values()]).amax(0)
