@@ -20,7 +20,7 @@ from invertune.metrics import Rate
 from invertune.models import set_state
 from invertune.reports import full_mask, grid, increases, metric_row, shared_columns
 from invertune.results import variant_text
-from invertune.sections import INVERSION_SWITCHES, TUNING_SWITCHES, WEIGHTS  # noqa: F401
+from invertune.sections import INVERSION_SWITCHES, TUNING_SWITCHES, WEIGHTS  # noqa: F401 (notebook 07)
 from invertune.settings import compared, suspects
 from invertune.store import Artifact
 
