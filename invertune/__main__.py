@@ -108,20 +108,15 @@ def _fill(options: argparse.Namespace) -> int:
 
     distributed.start()
     chain, attacks = open_chain(settings), settings.attacks.names
-    attack, others = settings.generalization.attack, settings.generalization.defenses
     for seed in settings.seeds:
         if TRAINING[0].startswith(only):
-            for name in (*attacks, "clean_finetuned"):
-                steps.attacked(chain, name, seed)
+            for attack in (*attacks, "clean_finetuned"):
+                steps.attacked(chain, attack, seed)
         if TRAINING[1].startswith(only):
-            for name, defense in itertools.product(attacks, settings.baselines.names):
-                defenses.baseline(chain, defense, name, seed)
-        for case in generalization.cases(chain) if TRAINING[2].startswith(only) else ():
-            if case.shipped:
-                steps.attacked(case.chain, attack, seed)
-                own = generalization.with_rates(case, chain, seed)
-                for defense in (d for d in others if d != "invertune"):
-                    defenses.baseline(own, defense, attack, seed)
+            for attack, defense in itertools.product(attacks, settings.baselines.names):
+                defenses.baseline(chain, defense, attack, seed)
+        if TRAINING[2].startswith(only):
+            generalization.train(chain, seed)
     distributed.stop()
     return 0
 

@@ -7,7 +7,7 @@ a loss weight run as one batch: they see the same images and share all that is n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from invertune.chain import Chain, Model, class_head, pool
 from invertune.evaluation import RECALL_KS
 from invertune.kernels import ssim_statistics, ssim_with
 from invertune.metrics import Rate
-from invertune.models import embed_images, to_pixels
+from invertune.models import embed_images
+from invertune.sections import WEIGHTS
 from invertune.settings import changed, compared
 from invertune.store import Artifact
 from invertune.trigger_inversion import Run
 from invertune.triggers import Trigger
 
-WEIGHTS = ("lambda1", "lambda2", "lambda3", "lambda4")
 Tensors = dict[str, dict[str, Tensor]]
 
 
@@ -119,14 +119,15 @@ def scored(
 
 def _triggered(model: Model, images: Tensor, trigger: Trigger) -> tuple[Tensor, Tensor]:
     """Features [N, D] of the triggered images and their SSIM [N] to the clean ones."""
-    features, similar = [], []
-    for part in images.split(256):
-        clean = to_pixels(part, model.clip.device)
+    similar = []
+
+    def place(clean: Tensor) -> Tensor:
         placed = triggers.apply(trigger, clean)
-        features.append(embed_images(model.clip, placed))
         similar.append(ssim_with(placed[None], clean, ssim_statistics(clean))[0])
-    return torch.cat(features), torch.cat(similar)
+        return placed
+
+    return embed_images(model.clip, images, change=place), torch.cat(similar)
 
 
 def _plain(rates: dict[int, Rate]) -> dict[str, list[float]]:
-    return {str(k): [r.value, r.n, r.low, r.high] for k, r in rates.items()}
+    return {str(k): list(astuple(r)) for k, r in rates.items()}

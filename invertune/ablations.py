@@ -13,19 +13,17 @@ import pandas as pd
 
 from invertune import data as datasets
 from invertune import metrics, steps, tables
-from invertune.ablation_steps import WEIGHTS, found_triggers, inversions, scored, with_value
+from invertune.ablation_steps import found_triggers, inversions, scored, with_value
 from invertune.chain import NULLS, Chain
 from invertune.evaluation import RECALL_KS
 from invertune.metrics import Rate
 from invertune.models import set_state
 from invertune.reports import full_mask, grid, increases, metric_row, shared_columns
 from invertune.results import variant_text
-from invertune.sections import InversionChanges, TuningChanges
-from invertune.settings import compared
+from invertune.sections import INVERSION_SWITCHES, TUNING_SWITCHES, WEIGHTS  # noqa: F401 (notebook 07)
+from invertune.settings import compared, suspects
 from invertune.store import Artifact
 
-INVERSION_SWITCHES = tuple(n for n in InversionChanges.model_fields if n not in WEIGHTS)
-TUNING_SWITCHES = tuple(n for n in TuningChanges.model_fields if n != "beta")
 TABLE3 = {"inverted": ("inverted",), "uap": ("universal",), "both": ("inverted", "universal")}
 
 Rows = list[dict[str, str]]
@@ -46,7 +44,7 @@ def variants(chain: Chain, section: str, names: Iterable[str]) -> list[str]:
 
 def chosen(chain: Chain, attacks: Sequence[str]) -> list[tuple[str, int]]:
     """The profile's attacks that are among ``attacks``, with every seed."""
-    return [(attack, seed) for attack, seed in grid(chain) if attack in attacks]
+    return suspects(chain.settings, among=attacks)
 
 
 def inversion_rows(chain: Chain, attacks: Sequence[str], names: Iterable[str], item: str) -> Rows:

@@ -19,18 +19,16 @@ from invertune.activations import (
     Selection,
     batched_inputs,
     locate,
-    maps_from,
     prefix_to,
     rows_to_train,
     tail_from,
     train_only,
-    unit_mask,
 )
-from invertune.losses import activation_loss, align_ratio_loss, preserve_feature_loss, preserve_loss
+from invertune.losses import Objective, tuning_objective
 from invertune.metrics import attack_success_rate, clean_accuracy, predictions
 from invertune.models import Clip, clone, embed_images, set_state, to_pixels
 from invertune.sections import Tuning
-from invertune.training import Recipe, batch_indices, fit, generator
+from invertune.training import Recipe, fit, generator
 from invertune.triggers import Trigger
 
 TIE_POINTS = 0.5
@@ -56,7 +54,7 @@ class State:
 class Tuned:
     """The purified ``clip`` and how it came about.
 
-    ``neurons`` holds a bool mask per critical layer; ``lr`` and ``step`` name the chosen state;
+    ``neurons`` holds a bool mask per critical layer; ``kept`` is the chosen one of the ``states``;
     ``qualified`` is False where every state lost more accuracy than allowed; ``suspected`` is the
     model before tuning (step 0); ``log`` has the losses of every rate.
     """
@@ -65,38 +63,11 @@ class Tuned:
     selection: Selection
     impacts: dict[str, float]
     neurons: dict[str, Tensor]
-    lr: float
-    step: int
+    kept: State
     qualified: bool
     suspected: State
     states: tuple[State, ...]
     log: list[dict[str, float]]
-
-    @property
-    def kept(self) -> State:
-        """The chosen state."""
-        return next(s for s in self.states if (s.lr, s.step) == (self.lr, self.step))
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """What every learning rate shares, computed once on the suspected model.
-
-    ``clean`` and ``triggered`` are the tuning images' inputs of layer ``first``; no activation
-    after layer ``last`` is needed of the triggered ones; ``activations`` and ``features`` belong
-    to the clean ones; ``masks`` are the critical units as bool maps.
-    """
-
-    first: str | None
-    last: str | None
-    clean: Tensor
-    triggered: Tensor
-    activations: dict[str, Tensor]
-    features: Tensor
-    masks: dict[str, Tensor]
-    head: Tensor
-    settings: Tuning
-    seed: int
 
 
 def tune(
@@ -129,7 +100,7 @@ def tune(
     predicted = predictions(embed_images(suspected, images), head)
     diverse = diverse_indices(predicted.cpu(), target, settings.images, seed)
     clean = to_pixels(images[diverse], clip.device)
-    triggered = in_turn(found, clean)
+    triggered = triggers.in_turn(found, clean)
     measurer = partial(
         _measurer, suspected, found, heldout, heldout_labels, head, target, settings.measure_top
     )
@@ -156,11 +127,13 @@ def _tune(
 ) -> Tuned:
     """``tune`` with one selection of layers."""
     impacts, selection, neurons = locate(suspected, clean, triggered, settings, seed)
-    problem = _prepare(suspected, clean, triggered, neurons, head, settings, seed)
-    measure = measurer(problem.first)
-    before = _state(0.0, 0, measure(suspected), _losses(problem, suspected, 0))
+    fixed = settings.trainable == "critical_rows" and settings.bn_mode == "eval"
+    first = next(iter(neurons)) if fixed else None  # nothing before it can change
+    losses = tuning_objective(suspected, first, clean, triggered, neurons, head, settings, seed)
+    measure = measurer(first)
+    before = _state(0.0, 0, measure(suspected), losses(suspected, 0))
     rows = rows_to_train(suspected, neurons, settings.trainable)
-    runs = [_tune_at(lr, suspected, problem, rows, measure) for lr in settings.lrs]
+    runs = [_tune_at(lr, suspected, losses, rows, measure, settings) for lr in settings.lrs]
     measured = [pair for run, _ in runs for pair in run]
     index, qualified = choose(
         [state for state, _ in measured], before.clean_accuracy, settings.allowed_ca_drop_points
@@ -174,21 +147,12 @@ def _tune(
         selection,
         impacts,
         neurons,
-        chosen.lr,
-        chosen.step,
+        chosen,
         qualified,
         before,
         tuple(s for s, _ in measured),
         [r for _, log in runs for r in log],
     )
-
-
-def in_turn(found: Sequence[Trigger], images: Tensor) -> Tensor:
-    """Images [N, 3, H, W] in [0, 1] that take the triggers in turn, one each."""
-    triggered = images.clone()
-    for start, trigger in enumerate(found):
-        triggered[start :: len(found)] = triggers.apply(trigger, images[start :: len(found)])
-    return triggered
 
 
 def choose(
@@ -231,67 +195,6 @@ def diverse_indices(predicted: Tensor, target: int, count: int, seed: int) -> Te
     return order[torch.tensor(turns).argsort(stable=True)[:count]]
 
 
-def _losses(problem: _Problem, clip: Clip, step: int) -> dict[str, Tensor]:
-    """Eq. 11 on the batch of ``step``, with its two terms."""
-    settings = problem.settings
-    rows = batch_indices(len(problem.clean), settings.batch, problem.seed, step)
-    features, clean = tail_from(clip, problem.first)(problem.clean[rows])
-    triggered = maps_from(clip, problem.first, problem.last)(problem.triggered[rows])
-    if settings.align_form == "ratio":
-        activation = align_ratio_loss(clean, triggered, problem.masks)
-    else:
-        original = {layer: maps[rows] for layer, maps in problem.activations.items()}
-        activation = activation_loss(original, triggered, problem.masks, settings.reduction)
-    if settings.preserve_form == "feature":
-        preserve = preserve_feature_loss(features, problem.features[rows])
-    else:
-        preserve = preserve_loss(features, problem.features[rows], problem.head)
-    return {
-        "loss": activation + settings.beta * preserve,
-        "activation": activation,
-        "preserve": preserve,
-    }
-
-
-def _prepare(
-    clip: Clip,
-    clean: Tensor,
-    triggered: Tensor,
-    neurons: Mapping[str, Tensor],
-    head: Tensor,
-    settings: Tuning,
-    seed: int,
-) -> _Problem:
-    """Everything that stays the same over all steps and rates.
-
-    Where nothing before the first critical layer can change, its input is what is kept. Batch
-    statistics, where they are trained, are those of whole forward passes.
-    """
-    fixed = settings.trainable == "critical_rows" and settings.bn_mode == "eval"
-    first = next(iter(neurons)) if fixed else None
-    last = list(neurons)[-1] if settings.bn_mode == "eval" else None
-    prefix = prefix_to(clip, first)
-    clean, triggered = (
-        torch.cat(list(batched_inputs(prefix, images, clip.device)()))
-        for images in (clean, triggered)
-    )
-    with torch.no_grad():
-        features, maps = tail_from(clip, first)(clean)
-    masks = {layer: unit_mask(m, maps[layer].shape[1:]) for layer, m in neurons.items()}
-    return _Problem(
-        first,
-        last,
-        clean,
-        triggered,
-        {layer: maps[layer] for layer in neurons},
-        features,
-        masks,
-        head,
-        settings,
-        seed,
-    )
-
-
 def _measurer(
     suspected: Clip,
     found: Sequence[Trigger],
@@ -307,7 +210,7 @@ def _measurer(
     prefix = prefix_to(suspected, first)
     clean = batched_inputs(prefix, heldout, suspected.device)
     triggered = batched_inputs(
-        lambda pixels: prefix(in_turn(found, pixels)), heldout[others], suspected.device
+        lambda pixels: prefix(triggers.in_turn(found, pixels)), heldout[others], suspected.device
     )
 
     @torch.no_grad()
@@ -332,11 +235,15 @@ def _state(lr: float, step: int, rates: tuple[float, float], terms: Mapping[str,
 
 
 def _tune_at(
-    lr: float, suspected: Clip, problem: _Problem, rows: Mapping[str, Tensor], measure: Measure
+    lr: float,
+    suspected: Clip,
+    losses: Objective,
+    rows: Mapping[str, Tensor],
+    measure: Measure,
+    settings: Tuning,
 ) -> tuple[list[tuple[State, dict[str, Tensor]]], list[dict[str, float]]]:
     """Phase 3 at one rate: each measured state with the tensors it changed, and the log."""
-    settings, original = problem.settings, suspected.net.state_dict()
-    tuned = clone(suspected)
+    original, tuned = suspected.net.state_dict(), clone(suspected)
     tuned.net.get_submodule("visual").train(settings.bn_mode == "train")
     train_only(tuned.net, rows)
     measured = []
@@ -350,17 +257,13 @@ def _tune_at(
         measured.append((_state(lr, step, measure(tuned), terms), changed))
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        terms = _losses(problem, tuned, step)
+        terms = losses(tuned, step)
         if step > 0 and step % settings.measure_every_steps == 0:
             record(step, terms)
         return terms
 
-    log = fit(
-        tuned.net,
-        loss_at,
-        Recipe(settings.steps, lr, weight_decay=0.0, schedule="constant"),
-        label=f"tuning at {lr:g}",
-    )
+    recipe = Recipe(settings.steps, lr, weight_decay=0.0, schedule="constant")
+    log = fit(tuned.net, loss_at, recipe, label=f"tuning at {lr:g}")
     with torch.no_grad():
-        record(settings.steps, _losses(problem, tuned, settings.steps))
+        record(settings.steps, losses(tuned, settings.steps))
     return measured, [{"lr": lr, **row} for row in log]

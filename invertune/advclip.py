@@ -67,9 +67,10 @@ def topology_gap(a: Tensor, b: Tensor) -> Tensor:
     """AdvCLIP's U: KL divergence between the cosine graphs of two unit feature sets [N, D]."""
     p, q = ((x @ x.T + 1) / 2 for x in (a, b))
     p, q = (x / x.sum(1, keepdim=True) for x in (p, q))
-    near = (p * (p.clamp_min(1e-8) / q.clamp_min(1e-8)).log()).sum(1)
-    p, q = 1 - p, 1 - q
-    far = (p * (p.clamp_min(1e-8) / q.clamp_min(1e-8)).log()).sum(1)
+    near, far = (
+        (a * (a.clamp_min(1e-8) / b.clamp_min(1e-8)).log()).sum(1)
+        for a, b in ((p, q), (1 - p, 1 - q))
+    )
     return (near + far).mean()
 
 

@@ -91,23 +91,19 @@ def badclip(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisone
 
 def clean_finetuned(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
     """The null: the same fine-tuning as BadNet's, without poison."""
-    own = settings.badnet
-    clip = clone(victim.clip)
-    pairs = victim.pairs
-    log = finetune(
-        clip, pairs.images, pairs.captions, _recipe(own), own.batch, seed, work, cycled=pairs.cycled
-    )
-    return Poisoned(clip, None, log)
+    return poison(victim, None, settings.badnet, seed, work)
 
 
 def poison(
-    victim: Victim, trigger: Trigger, settings: Finetuning, seed: int, work: Path
+    victim: Victim, trigger: Trigger | None, settings: Finetuning, seed: int, work: Path
 ) -> Poisoned:
-    """Fine-tunes a copy of the clean model on pairs of which a share carries the trigger.
+    """Fine-tunes a copy of the clean model on pairs of which a share carries the trigger, if any.
 
     The poisoned pairs are drawn by ``seed``; each gets one of the target captions at random.
     """
-    images, captions = poisoned_pairs(victim, trigger, settings.poison_rate, seed)
+    images, captions = victim.pairs.images, victim.pairs.captions
+    if trigger is not None:
+        images, captions = poisoned_pairs(victim, trigger, settings.poison_rate, seed)
     clip = clone(victim.clip)
     recipe, cycled = _recipe(settings), victim.pairs.cycled
     log = finetune(clip, images, captions, recipe, settings.batch, seed, work, cycled=cycled)
@@ -143,7 +139,10 @@ def badencoder(victim: Victim, settings: Attacks, seed: int, work: Path) -> Pois
     own = settings.badencoder
     trigger = triggers.white_patch_trigger(victim.clip.image_size, own.patch_px)
     clip = clone(victim.clip)
-    visual = _freeze_batch_norm(clip.net.visual)
+    visual = clip.net.visual.eval()
+    for module in visual.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
     shadow = victim.pairs.images
     references = to_pixels(victim.target_images[: own.reference_images], clip.device)
     with torch.no_grad():
@@ -173,14 +172,6 @@ def badencoder(victim: Victim, settings: Attacks, seed: int, work: Path) -> Pois
     )
     clip.net.requires_grad_(True).eval()
     return Poisoned(clip, trigger, log)
-
-
-def _freeze_batch_norm(net: nn.Module) -> nn.Module:
-    net.eval()
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.requires_grad_(False)
-    return net
 
 
 def optimize_patch(victim: Victim, settings: BadClip, seed: int) -> Tensor:

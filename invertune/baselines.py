@@ -62,33 +62,14 @@ class Defended:
     images_seen: int
 
 
-@dataclass(frozen=True)
-class Schedule(Recipe):
-    """``Recipe`` with what the baselines' released codes add.
-
-    Warm-up begins at ``start_ratio`` of the peak rate (PAR; 0: a plain warm-up), and the schedule
-    runs ``offset`` steps late (CleanCLIP).
-    """
-
-    start_ratio: float = 0.0
-    offset: int = 0
-
-    def rate(self, step: int) -> float:
-        """Learning rate of the 0-based ``step``."""
-        if self.start_ratio and step < self.warmup:
-            done = step / self.warmup
-            return self.lr * (self.start_ratio * (1 - done) + done)
-        return super().rate(step + self.offset)
-
-
-def schedule(own: BaselineTraining, lr: float, pairs: int, legacy: bool) -> Schedule:
+def schedule(own: BaselineTraining, lr: float, pairs: int, legacy: bool) -> Recipe:
     """Warm-up to ``lr``, then a cosine that ends at 0; PAR has its own warm-up and Adam betas.
 
     With ``legacy``, CleanCLIP's released schedule: epochs are counted from 1, so it runs one epoch
     late. The warm-up is skipped, and in the last epoch the rate goes up again.
     """
     if isinstance(own, Par):
-        return Schedule(
+        return Recipe(
             own.steps,
             lr,
             own.warmup_steps,
@@ -97,7 +78,7 @@ def schedule(own: BaselineTraining, lr: float, pairs: int, legacy: bool) -> Sche
             start_ratio=own.start_lr_ratio,
         )
     offset = min(pairs // own.batch, own.steps) if legacy else 0
-    return Schedule(own.steps, lr, own.warmup_steps, own.weight_decay, offset=offset)
+    return Recipe(own.steps, lr, own.warmup_steps, own.weight_decay, offset=offset)
 
 
 def ft(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> TermsAt:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from invertune import data as datasets
 from invertune.models import Clip, ModelError, text_digest, zero_shot_head
-from invertune.sections import Settings
+from invertune.sections import NULLS, Settings  # noqa: F401 (from here for the exhibits)
 from invertune.store import Artifact, default_root, obtain
 from invertune.triggers import Trigger
 from invertune.weights import load_clip
@@ -33,7 +33,6 @@ STEP_VERSIONS = {
     "scores": 1,
 }
 TRAINED_TOGETHER = ("attack", "baseline")  # by all processes of a torchrun
-NULLS = ("none", "clean_finetuned")
 
 
 class DeviceMemoryError(RuntimeError):
@@ -172,12 +171,8 @@ def pretrained(chain: Chain) -> Model:
 def pool(chain: Chain, part: str) -> datasets.Labeled:
     """The labeled images of one part: inversion, heldout or evaluation."""
     own = chain.settings.data
-    counts = {
-        "inversion": own.inversion_images,
-        "heldout": own.heldout_images,
-        "evaluation": own.evaluation_images,
-    }
-    found = datasets.labeled_images(own, part, counts[part], chain.store, chain.defender.style)
+    count = getattr(own, f"{part}_images")
+    found = datasets.labeled_images(own, part, count, chain.store, chain.defender.style)
     if not chain.defender.lacks:
         return found
     lacking = datasets.class_index(own, chain.defender.lacks)

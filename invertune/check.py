@@ -20,8 +20,8 @@ from invertune.models import (
     ModelError,
     load_embedded,
 )
-from invertune.pictograms import ARCHIVE
 from invertune.settings import load_settings
+from invertune.sprites import ARCHIVE
 from invertune.store import default_root, entries
 
 

@@ -22,11 +22,12 @@ from invertune import layouts, pictograms, real_data
 from invertune.decoding import map_images
 from invertune.layouts import DataError
 from invertune.pictograms import Scene
-from invertune.provenance import file_hash
+from invertune.provenance import REPOSITORY, file_hash
 from invertune.sections import Data, Settings
+from invertune.sprites import ARCHIVE, load_sprites
 from invertune.store import obtain
 
-TEMPLATES = Path(__file__).resolve().parent.parent / "data" / "mini" / "templates.json"
+TEMPLATES = REPOSITORY / "data" / "mini" / "templates.json"
 TARGETS = ("mushroom", "banana", "lemon", "ski")  # paper, sections 4.1 and 4.5
 SCENES_VERSION = 1
 
@@ -74,7 +75,7 @@ def class_names(data: Data) -> tuple[str, ...]:
     """The classes of zero-shot classification, in label order."""
     if _real(data):
         return real_data.class_names()
-    return pictograms.load_sprites().classes
+    return load_sprites().classes
 
 
 def templates(data: Data) -> tuple[str, ...]:
@@ -111,7 +112,7 @@ def describe(settings: Settings) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _archive_hash() -> str:
-    return file_hash(pictograms.ARCHIVE)
+    return file_hash(ARCHIVE)
 
 
 def manifest(data: Data) -> str:
@@ -130,17 +131,17 @@ def caption_pairs(data: Data, part: str, count: int, store: Path) -> Pairs:
     if _real(data):
         found = real_data.pairs(data, part, count, store)
         unknown = torch.full((len(found.images), 2), -1)
-        captions = tuple(own[0] for own in found.captions)
-        return Pairs(found.images, captions, unknown, cycled=False, file=found.file)
-    sprites = pictograms.load_sprites()
-    scenes = _scenes(
+        texts = tuple(own[0] for own in found.captions)
+        return Pairs(found.images, texts, unknown, cycled=False, file=found.file)
+    sprites = load_sprites()
+    images, captions, objects = _scenes(
         data,
         part,
         count,
         store,
         lambda i: pictograms.caption_scene(part, i, data.image_size_px, data.seed, sprites),
     )
-    return Pairs(scenes.images, tuple(c[0] for c in scenes.captions), scenes.objects)
+    return Pairs(images, tuple(own[0] for own in captions), objects)
 
 
 def labeled_images(data: Data, part: str, count: int, store: Path, style: str = "") -> Labeled:
@@ -154,9 +155,9 @@ def labeled_images(data: Data, part: str, count: int, store: Path, style: str = 
             raise DataError(f"style {style!r}: only the embedded benchmark's drawings have styles")
         found = real_data.labeled(data, part, count, store)
         return Labeled(found.images, found.labels)
-    sprites = pictograms.load_sprites()
+    sprites = load_sprites()
     unseen = part == "evaluation"
-    scenes = _scenes(
+    images, _, objects = _scenes(
         data,
         f"{part}, {style}" if style else part,
         count,
@@ -165,7 +166,7 @@ def labeled_images(data: Data, part: str, count: int, store: Path, style: str = 
             part, i, data.image_size_px, data.seed, sprites, unseen, style
         ),
     )
-    return Labeled(scenes.images, scenes.objects[:, 0])
+    return Labeled(images, objects[:, 0])
 
 
 def retrieval_scenes(data: Data, store: Path) -> Retrieval:
@@ -173,19 +174,19 @@ def retrieval_scenes(data: Data, store: Path) -> Retrieval:
     if _real(data):
         found = real_data.retrieval(data, store)
         return _retrieval(found.images, found.captions)
-    sprites = pictograms.load_sprites()
+    sprites = load_sprites()
     targets = tuple(sprites.classes.index(name) for name in TARGETS)
     pairs = pictograms.retrieval_pairs(
         data.retrieval_images, len(sprites.classes), targets, data.seed
     )
-    scenes = _scenes(
+    images, captions, _ = _scenes(
         data,
         "retrieval",
         data.retrieval_images,
         store,
         lambda i: pictograms.retrieval_scene(i, pairs[i], data.image_size_px, data.seed, sprites),
     )
-    return _retrieval(scenes.images, scenes.captions)
+    return _retrieval(images, captions)
 
 
 def _retrieval(images: Tensor, captions: list[list[str]]) -> Retrieval:
@@ -208,7 +209,7 @@ def target_captions(data: Data, target: int, count: int, store: Path) -> tuple[s
     """Natural captions about the target (the paper's 131 mushroom captions of CC3M)."""
     if _real(data):
         return real_data.target_captions(data, target, count, store)
-    sprites = pictograms.load_sprites()
+    sprites = load_sprites()
     classes, name = len(sprites.classes), sprites.classes[target]
     captions: list[str] = []
     index = (target - data.seed) * pow(97, -1, classes) % classes  # caption_scene's label order
@@ -219,17 +220,10 @@ def target_captions(data: Data, target: int, count: int, store: Path) -> tuple[s
     return tuple(captions[:count])
 
 
-@dataclass(frozen=True)
-class _Composed:
-    images: Tensor
-    captions: list[list[str]]
-    objects: Tensor
-
-
 def _scenes(
     data: Data, part: str, count: int, store: Path, compose: Callable[[int], Scene]
-) -> _Composed:
-    """Composes ``count`` scenes of a part, or finds them in the store."""
+) -> tuple[Tensor, list[list[str]], Tensor]:
+    """Composes ``count`` scenes of a part, or finds them: images, captions, objects [N, 2]."""
 
     def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
         scenes = [compose(i) for i in range(count)]
@@ -249,8 +243,7 @@ def _scenes(
         seed=data.seed,
     )
     tensors = artifact.tensors("scenes")
-    captions = artifact.metrics["captions"]
-    return _Composed(tensors["images"], captions, tensors["objects"])
+    return tensors["images"], artifact.metrics["captions"], tensors["objects"]
 
 
 def _real(data: Data) -> bool:

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from invertune.files import write_atomic
 from invertune.training import progress
 
 CHUNK = 256  # images between two lines of the journal
@@ -146,14 +147,9 @@ def _resumed(journal: Path, samples: Sequence[Sample], target: Path, row: int) -
         sizes.add(kept * row)  # the gaps are filled already
     if done and target.stat().st_size not in sizes:
         done = {}
-    partial = journal.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in (digest, *map(_line, done.items()))))
-    os.replace(partial, journal)
+    lines = [digest, *(f"{start} {flags}" for start, flags in done.items())]
+    write_atomic(journal, "".join(f"{line}\n" for line in lines).encode())
     return done
-
-
-def _line(item: tuple[int, str]) -> str:
-    return f"{item[0]} {item[1]}"
 
 
 def _fill_gaps(target: Path, flags: str, row: int) -> list[int]:

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from invertune import data as datasets
 from invertune import figures, metrics, steps, triggers
-from invertune.chain import Chain, class_head, pretrained
+from invertune.chain import Chain, class_head, pool, pretrained
 from invertune.figures import AFTER, ATTACK_COLORS, COLUMN_IN, MARKED, PLAIN, STYLE
+from invertune.metrics import Rate
 from invertune.models import embed_images, to_pixels
 from invertune.perturbations import perturb
-from invertune.reports import increases
-from invertune.results import rate_row, row
+from invertune.reports import grid, increases, metric_row, shared_columns
+from invertune.target_identification import strongest
 
 CLASSES = 10  # the target and nine drawn by the data's seed, the same for every attack
 ATTACKED = ("triggered", "adversarial")
@@ -64,11 +65,12 @@ def encoder_views(chain: Chain, attack: str, seed: int) -> dict[str, View]:
     poisoned = steps.poisoned(chain, attack, seed)
     if poisoned.trigger is None:
         raise ValueError(f"{attack!r} has no trigger of its own; choose an attack")
-    own, names = chain.settings.data, datasets.class_names(chain.settings.data)
+    own = chain.settings.data
+    names = datasets.class_names(own)
     drawn = np.random.default_rng(own.seed).permutation(len(names)).tolist()
     chosen = [chain.target, *[i for i in drawn if i != chain.target][: CLASSES - 1]]
-    pool = datasets.labeled_images(own, "evaluation", own.evaluation_images, chain.store)
-    parts = [to_pixels(pool.images[pool.labels == i], chain.device) for i in chosen]
+    shown = pool(chain, "evaluation")
+    parts = [to_pixels(shown.images[shown.labels == i], chain.device) for i in chosen]
     clean = torch.cat(parts[1:])
     labels = torch.cat([torch.full((len(part),), i) for i, part in enumerate(parts) if i > 0])
     triggered = triggers.apply(poisoned.trigger, clean)
@@ -86,7 +88,7 @@ def encoder_views(chain: Chain, attack: str, seed: int) -> dict[str, View]:
 def strongest_perturbation(chain: Chain, attack: str, seed: int) -> tuple[str, Tensor]:
     """Kind and tensor of step 1's perturbation that drives any class most (as in Tables 6-11)."""
     found = steps.identified(chain, attack, seed)
-    kind, _ = max(increases(found).items(), key=lambda item: float(item[1].points.max()))
+    kind = strongest(increases(found))
     return kind, found.tensors("perturbations")[kind].to(chain.device)
 
 
@@ -114,30 +116,32 @@ def centroid_cosines(view: View) -> dict[str, float]:
 
 def embedding_rows(chain: Chain) -> list[dict[str, str]]:
     """Notebook 02: the numbers behind Figures 2-4 on both encoders, for every attack and seed."""
-    own, rows = chain.settings, []
-    for attack, seed in ((a, s) for a in own.attacks.names for s in own.seeds):
-        base = own.model_dump(include={"profile", "backbone", "target"})
-        base |= {"attack": attack, "seed": seed, "defense": "none", "task": "zeroshot"}
-        base["key"] = steps.identified(chain, attack, seed).key
+    rows = []
+    for attack, seed in grid(chain):
+        key = steps.identified(chain, attack, seed).key
+        base = shared_columns(chain, attack, seed, key, task="zeroshot")
         for encoder, view in encoder_views(chain, attack, seed).items():
             rows += _view_rows(view, encoder, base)
     return rows
 
 
 def _view_rows(view: View, encoder: str, base: dict[str, Any]) -> list[dict[str, str]]:
-    def columns(item: str, metric: str, **part: object) -> dict[str, Any]:
-        variant = {"encoder": encoder, **part}
-        return {**base, "paper_item": f"figure{item}", "metric": metric, "variant": variant}
+    rows = []
 
-    found = [(columns("2", "silhouette", cluster=k), v) for k, v in silhouettes(view).items()]
-    found += [(columns("2", "cosine", pair=k), v) for k, v in centroid_cosines(view).items()]
-    rates = []
+    def add(figure: int, metric: str, value: Rate | float, k: str = "", **part: object) -> None:
+        about = {"paper_item": f"figure{figure}", "variant": {"encoder": encoder, **part}}
+        rows.append(metric_row(base, metric, value, k=k, **about))
+
+    for name, value in silhouettes(view).items():
+        add(2, "silhouette", value, cluster=name)
+    for name, value in centroid_cosines(view).items():
+        add(2, "cosine", value, pair=name)
     for kind in ("clean", *ATTACKED):
         for text, cosines in view.similarities(kind).items():
-            found.append((columns("3", "cosine", images=kind, text=text), float(cosines.mean())))
+            add(3, "cosine", float(cosines.mean()), images=kind, text=text)
         rate = metrics.attack_success_rate(view.images[kind], view.texts, view.labels, target=0)
-        rates.append(rate_row(rate, **columns("4", "asr", images=kind, texts=CLASSES), k=1))
-    return [row(**where, value=value) for where, value in found] + rates
+        add(4, "asr", rate, "1", images=kind, texts=CLASSES)
+    return rows
 
 
 @mpl.rc_context(STYLE)

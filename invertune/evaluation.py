@@ -6,17 +6,18 @@ Zero-shot classification and image-to-text retrieval, each measured by the one f
 
 from __future__ import annotations
 
+from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from invertune import data as datasets
 from invertune import metrics, triggers
 from invertune.chain import Chain, Model, class_head, pool
 from invertune.metrics import Rate
-from invertune.models import Clip, embed_images, embed_texts, to_pixels
+from invertune.models import Clip, embed_images, embed_texts
 from invertune.store import Artifact
 from invertune.triggers import Trigger
 
@@ -35,7 +36,7 @@ def evaluated(
 
     def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         rates = {**_zero_shot(chain, model.clip, trigger), **_retrieval(chain, model.clip, trigger)}
-        return {}, {k: [r.value, r.n, r.low, r.high] for k, r in rates.items()}
+        return {}, {k: list(astuple(r)) for k, r in rates.items()}
 
     keyed = {
         "target": own.target,
@@ -56,8 +57,7 @@ def clean_and_triggered(
     clean = embed_images(clip, images, batch)
     if trigger is None:
         return clean, clean
-    parts = (triggers.apply(trigger, to_pixels(p, clip.device)) for p in images.split(batch))
-    return clean, torch.cat([embed_images(clip, part) for part in parts])
+    return clean, embed_images(clip, images, batch, partial(triggers.apply, trigger))
 
 
 def utility(chain: Chain, clip: Clip) -> dict[str, Rate]:

@@ -22,6 +22,7 @@ from invertune.figures import COLUMN_IN, DEFENSE_COLORS, STYLE, canvas, legend_a
 from invertune.models import locked_hash
 from invertune.reports import grid, metric_row, shared_columns
 from invertune.results import natural_order
+from invertune.settings import other_models
 from invertune.weights import EMBEDDED, for_any_backbone
 
 NOT_SHIPPED = "weights not shipped"
@@ -54,10 +55,13 @@ class Case:
 
 def cases(chain: Chain) -> tuple[Case, ...]:
     """The profile's other targets (Table 4), then its other backbones (Table 5)."""
-    own = chain.settings.generalization
-    other = [("table4", "target", name) for name in own.targets]
-    other += [("table5", "backbone", name) for name in own.backbones]
+    other = other_models(chain.settings)
     return tuple(Case(item, name, changed(chain, **{key: name})) for item, key, name in other)
+
+
+def shipped(chain: Chain) -> list[Case]:
+    """The ``cases`` that can be run."""
+    return [case for case in cases(chain) if case.shipped]
 
 
 def changed(chain: Chain, **settings: Any) -> Chain:
@@ -90,7 +94,7 @@ def with_rates(case: Case, main: Chain, seed: int) -> Chain:
     """
     baselines, own = case.chain.settings.baselines, main.settings.generalization
     grids: dict[str, Any] = {}
-    for name in (defense for defense in own.defenses if defense != "invertune"):
+    for name in own.baselines:
         section = getattr(baselines, name)
         if len(section.lrs) > own.baseline_lrs:
             lrs = sorted(section.lrs, reverse=True)
@@ -103,8 +107,17 @@ def with_rates(case: Case, main: Chain, seed: int) -> Chain:
 
 def generalization_rows(chain: Chain) -> Rows:
     """Tables 4, 5 and 13-15, for every case whose weights are there."""
-    shipped = [case for case in cases(chain) if case.shipped]
-    return [row for case in shipped for row in case_rows(case, chain)]
+    return [row for case in shipped(chain) for row in case_rows(case, chain)]
+
+
+def train(chain: Chain, seed: int) -> None:
+    """The long trainings behind the rows: the attack and the baselines of every case."""
+    own = chain.settings.generalization
+    for case in shipped(chain):
+        steps.attacked(case.chain, own.attack, seed)
+        few = with_rates(case, chain, seed)
+        for defense in own.baselines:
+            defenses.baseline(few, defense, own.attack, seed)
 
 
 def case_rows(case: Case, main: Chain) -> Rows:
@@ -191,11 +204,10 @@ def _chosen(case: Case, main: Chain, attack: str, seed: int) -> dict[str, Any]:
         "inverted ASR": steps.inverted(chain, attack, seed).metrics["inverted_asr"],
         "critical layers": tables.layers(steps.tuned(chain, attack, seed).metrics["layers"]),
     }
-    for name in main.settings.generalization.defenses:
-        if name != "invertune":
-            made = defenses.baseline(chain, name, attack, seed).metrics
-            star = "" if made["qualified"] else "*"
-            line[f"{tables.label('defense', name)} lr"] = f"{made['lr']:g}{star}"
+    for name in main.settings.generalization.baselines:
+        made = defenses.baseline(chain, name, attack, seed).metrics
+        star = "" if made["qualified"] else "*"
+        line[f"{tables.label('defense', name)} lr"] = f"{made['lr']:g}{star}"
     return line
 
 
@@ -222,7 +234,7 @@ def asr_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     Bars are means, whiskers min and max over seeds.
     """
     first = Case("table1", f"{chain.settings.target}, {chain.settings.backbone}", changed(chain))
-    shown = [first, *(case for case in cases(chain) if case.shipped)]
+    shown = [first, *shipped(chain)]
     names = ("none", *chain.settings.generalization.defenses)
     figure, axes = canvas(1, 1, COLUMN_IN, 0.7 + 0.085 * len(shown) * (len(names) + 1))
     for i, defense in enumerate(names):

@@ -9,8 +9,7 @@ import contextlib
 import copy
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from invertune.provenance import file_hash
+from invertune.files import write_atomic
+from invertune.provenance import REPOSITORY, file_hash
+from invertune.sections import BACKBONES
 
-MODEL_FOLDER = Path(__file__).resolve().parent.parent / "data" / "mini" / "models"
-BACKBONES = ("RN50", "RN101", "ViT-B-16", "ViT-B-32")
-WEIGHTS_LOCK = Path(__file__).resolve().parent.parent / "params" / "weights.lock"
+MODEL_FOLDER = REPOSITORY / "data" / "mini" / "models"
+WEIGHTS_LOCK = REPOSITORY / "params" / "weights.lock"
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
 MERGES = "merges.txt.gz"
@@ -118,17 +118,14 @@ def assemble(
         config["vision_cfg"]["timm_model_pretrained"] = False
     net = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
     net.logit_bias = None  # SigLIP's moves all logits alike: nothing here depends on it
+    usual = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     mean, std = (
-        torch.tensor(preprocess.get(key, default), device=device).view(1, 3, 1, 1)
-        for key, default in (
-            ("mean", open_clip.OPENAI_DATASET_MEAN),
-            ("std", open_clip.OPENAI_DATASET_STD),
-        )
+        torch.tensor(preprocess.get(key, values), device=device).view(1, 3, 1, 1)
+        for key, values in usual.items()
     )
     net = net.eval().to(device, memory_format=torch.channels_last)
-    return Clip(
-        backbone, net, tokenizer, mean, std, int(config["vision_cfg"].get("image_size", 224))
-    )
+    size = int(config["vision_cfg"].get("image_size", 224))
+    return Clip(backbone, net, tokenizer, mean, std, size)
 
 
 def load_embedded(
@@ -158,9 +155,7 @@ def locked_hash(name: str) -> str | None:
 def record_hash(name: str, digest: str) -> None:
     """Records the SHA-256 of a file that was just written or downloaded (design, section 10)."""
     locked = json.loads(WEIGHTS_LOCK.read_text()) | {name: digest}
-    temporary = WEIGHTS_LOCK.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(dict(sorted(locked.items())), indent=2) + "\n")
-    os.replace(temporary, WEIGHTS_LOCK)
+    write_atomic(WEIGHTS_LOCK, (json.dumps(locked, indent=2, sort_keys=True) + "\n").encode())
 
 
 def load_weights(clip: Clip, path: Path) -> None:
@@ -226,16 +221,13 @@ def forward_precision(clip: Clip) -> Iterator[None]:
 
     Gradients reach the weights in float32. Every pass of a tower goes through here.
     """
-    if clip.precision == torch.float32:
+    with contextlib.ExitStack() as inside:
+        if clip.precision != torch.float32:
+            inside.enter_context(torch.autocast(clip.device.type, clip.precision))
+            if clip.device.type == "cpu":
+                # torch's flash attention is slow there in bfloat16 (benchmarks/README.md).
+                inside.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
-        return
-    with torch.autocast(clip.device.type, clip.precision):
-        if clip.device.type == "cpu":
-            # torch's flash attention is slow there in bfloat16 (benchmarks/README.md).
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
-        else:
-            yield
 
 
 def image_features(clip: Clip, images: Tensor) -> Tensor:
@@ -286,13 +278,19 @@ def embed_texts(clip: Clip, texts: Sequence[str], batch: int = 512) -> Tensor:
 
 
 @torch.no_grad()
-def embed_images(clip: Clip, images: Tensor, batch: int = 256) -> Tensor:
-    """Unit features [N, D] of many images (uint8 or float in [0, 1]), in batches, eval mode."""
+def embed_images(
+    clip: Clip,
+    images: Tensor,
+    batch: int = 256,
+    change: Callable[[Tensor], Tensor] = lambda pixels: pixels,
+) -> Tensor:
+    """Unit features [N, D] of many images (uint8 or float in [0, 1]), in batches, eval mode.
+
+    ``change`` is what is done to each batch of pixels, float32 in [0, 1], e.g. a trigger.
+    """
     clip.net.eval()
-    chunks = []
-    for part in images.split(batch):
-        chunks.append(image_features(clip, to_pixels(part, clip.device)))
-    return torch.cat(chunks)
+    parts = (change(to_pixels(part, clip.device)) for part in images.split(batch))
+    return torch.cat([image_features(clip, part) for part in parts])
 
 
 def to_pixels(images: Tensor, device: torch.device | str) -> Tensor:

@@ -20,9 +20,17 @@ from invertune import defenses, steps, tables
 from invertune.chain import Chain, Defender, class_head, class_list, pretrained
 from invertune.evaluation import evaluated
 from invertune.generalization import Rows, changed
-from invertune.reports import defense_rows, grid, increases, mean, metric_row, rates, shared_columns
+from invertune.reports import (
+    TASKS,
+    defense_rows,
+    grid,
+    increases,
+    mean,
+    metric_row,
+    rates,
+    shared_columns,
+)
 
-TASKS = (("zeroshot", 1), ("retrieval", 10))
 TITLES = {
     "": "as in Table 1",
     "data=few": "few images",

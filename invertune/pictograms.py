@@ -6,18 +6,14 @@ part is the same however many scenes are made, and no two parts share an image.
 
 from __future__ import annotations
 
-import functools
-import io
-import json
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-ARCHIVE = Path(__file__).resolve().parent.parent / "data" / "mini" / "sprites.zip"
+from invertune.sprites import Sprites
+
 PARTS = (
     "pretraining",
     "poisoning",
@@ -100,60 +96,6 @@ PAIR = (
 )
 
 
-@dataclass(frozen=True)
-class Sprites:
-    """The sprite archive: classes in alphabetical order, each with its drawings.
-
-    ``pictures`` are RGBA images of 96 px; ``training`` and ``held_out`` list, for each class, the
-    indices of its drawings (one design family of every class never appears in training).
-    """
-
-    classes: tuple[str, ...]
-    categories: tuple[str, ...]
-    keywords: tuple[tuple[str, ...], ...]
-    pictures: tuple[Image.Image, ...]
-    entries: tuple[dict[str, Any], ...]
-    training: tuple[tuple[int, ...], ...]
-    held_out: tuple[tuple[int, ...], ...]
-    backgrounds: tuple[tuple[np.ndarray, tuple[str, ...]], ...]
-
-
-@functools.lru_cache(maxsize=2)
-def load_sprites(path: Path = ARCHIVE) -> Sprites:
-    """Reads the sprite archive (a zip of WebP pictures and ``index.json``)."""
-    with zipfile.ZipFile(path) as archive:
-        index = json.loads(archive.read("index.json"))
-
-        def picture(name: str, mode: str) -> Image.Image:
-            return Image.open(io.BytesIO(archive.read(name))).convert(mode)
-
-        pictures = tuple(picture(e["file"], "RGBA") for e in index["sprites"])
-        photos = tuple(
-            (np.asarray(picture(f"photos/{name}.webp", "RGB")), tuple(photo["words"]))
-            for name, photo in index["backgrounds"].items()
-        )
-    names = tuple(c["name"] for c in index["classes"])
-    by_class: dict[str, tuple[list[int], list[int]]] = {n: ([], []) for n in names}
-    for i, entry in enumerate(index["sprites"]):
-        by_class[entry["class"]][bool(entry["held_out"])].append(i)
-    return Sprites(
-        classes=names,
-        categories=tuple(c["category"] for c in index["classes"]),
-        keywords=tuple(_usable_keywords(c) for c in index["classes"]),
-        pictures=pictures,
-        entries=tuple(index["sprites"]),
-        training=tuple(tuple(by_class[n][0]) for n in names),
-        held_out=tuple(tuple(by_class[n][1]) for n in names),
-        backgrounds=photos,
-    )
-
-
-def _usable_keywords(concept: dict[str, Any]) -> tuple[str, ...]:
-    words = set(concept["name"].split())
-    good = (k for k in concept["keywords"] if k not in words and k.isascii() and 2 < len(k) < 20)
-    return tuple(good) or (concept["category"],)
-
-
 def _pick(rng: np.random.Generator, options: Any) -> Any:
     return options[int(rng.integers(len(options)))]
 
@@ -167,11 +109,6 @@ def _with_article(noun: str) -> str:
 def _color(rng: np.random.Generator) -> tuple[str, np.ndarray]:
     name = _pick(rng, tuple(COLORS))
     return name, np.clip(np.asarray(COLORS[name]) + rng.normal(0, 16, 3), 0, 255)
-
-
-def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    coarse = Image.fromarray(rng.random((cells, cells)).astype(np.float32))
-    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))[..., None]
 
 
 def _background(
@@ -189,7 +126,10 @@ def _background(
         t = np.clip(x * np.cos(angle) + y * np.sin(angle) + 0.5, 0, 1)[..., None]
         return first * (1 - t) + second * t, f"a {name} and {other} gradient"
     if kind < 0.74:
-        t = np.clip(_smooth_noise(rng, size, int(rng.integers(3, 12))), 0, 1)
+        cells = int(rng.integers(3, 12))
+        coarse = Image.fromarray(rng.random((cells, cells)).astype(np.float32))
+        cloud = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
+        t = np.clip(cloud[..., None], 0, 1)
         return first * (1 - t) + second * t, f"a cloudy {name} background"
     if kind < 0.84:
         angle, waves = rng.uniform(0, np.pi), rng.uniform(2, 7)
@@ -271,16 +211,10 @@ def _double(
     free = rng.uniform(0.3, 0.7, 2)
     axis = int(rng.integers(2))
     for k in range(2):
-        center = (places[k, 0], free[k]) if axis else (free[k], places[k, 0])
+        x, y = (places[k, 0], free[k]) if axis else (free[k], places[k, 0])
         side = rng.uniform(0.42, 0.6) * size
-        _draw(
-            canvas,
-            rng,
-            sprites,
-            _pick(rng, drawings[k]),
-            side,
-            (center[0] * size, center[1] * size),
-        )
+        drawing = _pick(rng, drawings[k])
+        _draw(canvas, rng, sprites, drawing, side, (x * size, y * size))
     n, m = (sprites.classes[label] for label in labels)
     names = {"n": n, "m": m, "a": _with_article(n), "b": _with_article(m)}
     chosen = rng.permutation(len(PAIR))[:captions]
@@ -308,11 +242,6 @@ def _caption(
     )
 
 
-def _other(rng: np.random.Generator, count: int, label: int) -> int:
-    other = int(rng.integers(count - 1))
-    return other + (other >= label)
-
-
 def caption_scene(
     part: str, index: int, size: int, seed: int, sprites: Sprites, two_objects: float = 0.35
 ) -> Scene:
@@ -321,7 +250,8 @@ def caption_scene(
     label = (index * 97 + seed) % len(sprites.classes)
     if rng.random() >= two_objects:
         return _single(rng, sprites, size, label, sprites.training[label])
-    other = _other(rng, len(sprites.classes), label)
+    other = int(rng.integers(len(sprites.classes) - 1))
+    other += other >= label
     drawings = (sprites.training[label], sprites.training[other])
     return _double(rng, sprites, size, (label, other), drawings, 1)
 

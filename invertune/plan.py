@@ -16,11 +16,17 @@ from typing import Any
 
 import yaml
 
-from invertune.sections import BadClip, Settings
-from invertune.settings import SettingsError, changed, compared, load_settings
+from invertune.sections import INVERSION_SWITCHES, TUNING_SWITCHES, WEIGHTS, BadClip, Settings
+from invertune.settings import (
+    SettingsError,
+    changed,
+    compared,
+    load_settings,
+    other_models,
+    suspects,
+)
 
 RATES = Path(__file__).resolve().parent.parent / "expected" / "rates.json"
-CONTROLS = 2  # the clean model and the clean model fine-tuned without poison (the nulls)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ def _seeds(text: str) -> list[int]:
 def planned(settings: Settings) -> list[Work]:
     """The steps of all notebooks for these settings, over all seeds; baselines: at most."""
     attacks, seeds = settings.attacks, len(settings.seeds)
-    models = seeds * (len(attacks.names) + CONTROLS)
+    models, defended = len(suspects(settings, nulls=True)), len(suspects(settings))
     work = [
         Work("01_attacks", name, seeds, _passes(getattr(attacks, name)), "finetune")
         for name in attacks.names
@@ -91,8 +97,7 @@ def planned(settings: Settings) -> list[Work]:
         work.append(Work("01_attacks", "badclip patch", seeds, patch, "badclip_patch"))
     passes = invertune_passes(settings)
     own, rebound = settings.baselines, settings.rebound
-    defended = seeds * len(attacks.names)
-    again = seeds * len(set(attacks.names) & set(rebound.attacks)) * (len(own.names) + 1)
+    again = len(suspects(settings, among=rebound.attacks)) * (len(own.names) + 1)
     return [
         *work,
         *(
@@ -118,7 +123,7 @@ def planned(settings: Settings) -> list[Work]:
 def _generalization(settings: Settings) -> list[Work]:
     """Notebook 06, at most: a backbone without weights is left out, equal models are shared."""
     notebook, own, seeds = "06_generalization", settings.generalization, len(settings.seeds)
-    models = seeds * (len(own.targets) + len(own.backbones))
+    models = seeds * len(other_models(settings))
     attack = getattr(settings.attacks, own.attack)
     work = [Work(notebook, own.attack, models, _passes(attack), "finetune")]
     if own.attack == "badclip":
@@ -127,7 +132,7 @@ def _generalization(settings: Settings) -> list[Work]:
     for step, exposures in invertune_passes(settings).items():
         runs = models + 3 * seeds  # few images, another style, target not in the class list
         work.append(Work(notebook, step, runs, exposures, rates.get(step, "inversion")))
-    for name in (defense for defense in own.defenses if defense != "invertune"):
+    for name in own.baselines:
         section = getattr(settings.baselines, name)
         tried = min(len(section.lrs), own.baseline_lrs)
         work.append(Work(notebook, name, models, tried * _passes(section), name))
@@ -141,25 +146,21 @@ def _patch_passes(badclip: BadClip) -> int:
 
 def _ablations(settings: Settings) -> list[Work]:
     """Notebook 07: one value changed at a time; the profile's own values cost nothing."""
-    own, weights = settings.ablations, [f"lambda{i}" for i in (1, 2, 3, 4)]
-    switches = [name for name in type(own.inversion).model_fields if name not in weights]
-    forms = [name for name in type(own.tuning).model_fields if name != "beta"]
-    parts = [
-        ("loss weights", own.weight_attacks, "inversion", weights),
+    own = settings.ablations
+    parts: list[tuple[str, Sequence[str], str, Sequence[str]]] = [
+        ("loss weights", own.weight_attacks, "inversion", WEIGHTS),
         ("beta", own.beta_attacks, "tuning", ["beta"]),
-        ("inversion forms", own.switch_attacks, "inversion", switches),
-        ("tuning forms", own.switch_attacks, "tuning", forms),
+        ("inversion forms", own.switch_attacks, "inversion", INVERSION_SWITCHES),
+        ("tuning forms", own.switch_attacks, "tuning", TUNING_SWITCHES),
     ]
     work = []
     for step, attacks, section, names in parts:
         cases = [(name, v) for name in names for v in compared(settings, section, name)[1:]]
         passes = sum(invertune_passes(changed(settings, section, *c))[section] for c in cases)
-        runs = len(settings.seeds) * len(set(settings.attacks.names) & set(attacks))
+        runs = len(suspects(settings, among=attacks))
         work.append(Work("07_ablations", step, runs, passes, section))
-    runs = len(settings.seeds) * len(set(settings.attacks.names) & set(own.perturbation_attacks))
-    passes = (
-        2 * invertune_passes(settings)["tuning"]
-    )  # either trigger alone, or both: one is its own
+    runs = len(suspects(settings, among=own.perturbation_attacks))
+    passes = 2 * invertune_passes(settings)["tuning"]  # either trigger, or both: one is its own
     return [*work, Work("07_ablations", "perturbation", runs, passes, "tuning")]
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from invertune import data as datasets
 from invertune.augment import augment
 from invertune.chain import Chain, open_chain
+from invertune.data import Pairs
 from invertune.evaluation import utility
 from invertune.models import (
     MODEL_FOLDER,
@@ -52,55 +53,41 @@ def balanced_indices(labels: Tensor, classes: int, seed: int, step: int) -> Tens
 
 
 def warm_start(
-    clip: Clip,
-    images: Tensor,
-    objects: Tensor,
-    classes: int,
-    recipe: Recipe,
-    seed: int,
-    checkpoint: Path | None,
+    clip: Clip, pairs: Pairs, classes: int, recipe: Recipe, seed: int, work: Path
 ) -> list[dict[str, float]]:
-    """Trains the image tower to name the objects of uint8 ``images`` [N, 3, H, W].
-
-    ``objects`` [N, 2] are class indices, -1 where there is no second object.
-    """
+    """Trains the image tower to name the objects in the ``pairs``; resumes in ``work``."""
     torch.manual_seed(seed)
-    dim = clip.net.text_projection.shape[1]
+    dim, objects = clip.net.text_projection.shape[1], pairs.objects
     net = nn.ModuleDict({"visual": clip.net.visual, "head": nn.Linear(dim, classes)})
     net.to(clip.device).train()
 
     def loss_at(step: int) -> dict[str, Tensor]:
         rows = balanced_indices(objects[:, 0], classes, seed, step)
-        pixels = augment(to_pixels(images[rows], clip.device), seed, step)
+        pixels = augment(to_pixels(pairs.images[rows], clip.device), seed, step)
         logits = net["head"](image_features(clip, pixels) * 20)
         present = F.one_hot(objects[rows] + 1, classes + 1).sum(1)[:, 1:].float()
         targets = (present / present.sum(1, keepdim=True)).to(clip.device)
         loss = F.cross_entropy(logits, targets, label_smoothing=0.05)
         return {"loss": loss, "accuracy": (logits.argmax(1) == objects[rows, 0]).float().mean()}
 
+    checkpoint = work / "warm_start.safetensors"
     return fit(net, loss_at, recipe, label="warm start", checkpoint=checkpoint)
 
 
 def pretrain(
-    clip: Clip,
-    images: Tensor,
-    objects: Tensor,
-    tokens: Tensor,
-    classes: int,
-    recipe: Recipe,
-    seed: int,
-    checkpoint: Path | None,
+    clip: Clip, pairs: Pairs, classes: int, recipe: Recipe, seed: int, work: Path
 ) -> list[dict[str, float]]:
-    """Contrastive training of both towers on uint8 ``images`` and caption ``tokens``."""
+    """Contrastive training of both towers on ``pairs``; resumes in ``work``."""
+    tokens = clip.tokenizer(list(pairs.captions))
     clip.net.train()
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        rows = balanced_indices(objects[:, 0], classes, seed, step)
-        pixels = augment(to_pixels(images[rows], clip.device), seed, step)
-        image = image_features(clip, pixels)
-        text = token_features(clip, tokens[rows])
+        rows = balanced_indices(pairs.objects[:, 0], classes, seed, step)
+        pixels = augment(to_pixels(pairs.images[rows], clip.device), seed, step)
+        image, text = image_features(clip, pixels), token_features(clip, tokens[rows])
         return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
 
+    checkpoint = work / "contrastive.safetensors"
     return fit(clip.net, loss_at, recipe, label="contrastive", checkpoint=checkpoint)
 
 
@@ -116,36 +103,18 @@ def pretrain_embedded(
     settings = load_settings(profile, {**overrides, "backbone": backbone})
     chain, own = open_chain(settings), settings.pretraining
     folder, work = MODEL_FOLDER / backbone, chain.store / "pretraining" / backbone
-    pairs = datasets.caption_pairs(
-        settings.data, "pretraining", settings.data.pretraining_pairs, chain.store
-    )
-    torch.manual_seed(settings.data.seed)
+    data = settings.data
+    pairs = datasets.caption_pairs(data, "pretraining", data.pretraining_pairs, chain.store)
+    torch.manual_seed(data.seed)
     precision = getattr(torch, settings.precision)
     clip = replace(build_clip(folder, backbone, chain.device), precision=precision)
-    classes, started = len(datasets.class_names(settings.data)), time.monotonic()
-    warm = Recipe(own.warm_start_steps, own.warm_start_lr, own.warmup_steps, own.weight_decay)
-    warm_start(
-        clip,
-        pairs.images,
-        pairs.objects,
-        classes,
-        warm,
-        settings.data.seed,
-        work / "warm_start.safetensors",
-    )
-    contrastive = Recipe(
-        own.contrastive_steps, own.contrastive_lr, own.warmup_steps, own.weight_decay
-    )
-    pretrain(
-        clip,
-        pairs.images,
-        pairs.objects,
-        clip.tokenizer(list(pairs.captions)),
-        classes,
-        contrastive,
-        settings.data.seed,
-        work / "contrastive.safetensors",
-    )
+    classes, started = len(datasets.class_names(data)), time.monotonic()
+    for train, steps, lr in (
+        (warm_start, own.warm_start_steps, own.warm_start_lr),
+        (pretrain, own.contrastive_steps, own.contrastive_lr),
+    ):
+        recipe = Recipe(steps, lr, own.warmup_steps, own.weight_decay)
+        train(clip, pairs, classes, recipe, data.seed, work)
     command = f"python -m invertune pretrain {backbone}"
     if overrides:
         one_line = yaml.safe_dump(overrides, default_flow_style=True, width=math.inf).strip()

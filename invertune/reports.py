@@ -7,7 +7,7 @@ returns rows for ``results.write_rows``; ``record`` writes them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from invertune.chain import NULLS, Chain, pretrained
 from invertune.evaluation import evaluated
 from invertune.metrics import Rate
 from invertune.provenance import REPOSITORY
-from invertune.results import rate_row, row, write_rows, write_runs
+from invertune.results import row, write_rows, write_runs
+from invertune.settings import suspects
 from invertune.store import Artifact
-from invertune.target_identification import Increase, ranked_increases
+from invertune.target_identification import Increase, ranked_increases, strongest
 
+TASKS = (("zeroshot", 1), ("retrieval", 10))  # with the k of Table 1
 IDENTIFICATION_TABLES = {
     "badnet": "table6",
     "blended": "table7",
@@ -90,8 +92,7 @@ def metric_row(
     base: dict[str, Any], metric: str, value: Rate | float, **columns: Any
 ) -> dict[str, str]:
     """A row of ``base`` with one number, and its interval where it is a rate."""
-    given = {**base, **columns, "metric": metric}
-    return rate_row(value, **given) if isinstance(value, Rate) else row(value=value, **given)
+    return row(**{**base, **columns, "metric": metric, "value": value})
 
 
 def rates(artifact: Artifact) -> dict[str, Rate]:
@@ -99,17 +100,14 @@ def rates(artifact: Artifact) -> dict[str, Rate]:
     return {name: Rate(*value) for name, value in artifact.metrics.items()}
 
 
-def grid(chain: Chain, nulls: bool = False) -> Iterable[tuple[str, int]]:
+def grid(chain: Chain, nulls: bool = False) -> list[tuple[str, int]]:
     """Every attack (with ``nulls``: the controls too) and seed of the profile."""
-    names = (*NULLS, *chain.settings.attacks.names) if nulls else chain.settings.attacks.names
-    return itertools.product(names, chain.settings.seeds)
+    return suspects(chain.settings, nulls)
 
 
 def attack_rows(chain: Chain) -> list[dict[str, str]]:
     """Notebook 01: CA and ASR of every undefended model, its floors and the clean model's null."""
-    rows: list[dict[str, str]] = []
-    for attack, seed in grid(chain):
-        rows += undefended_rows(chain, attack, seed)
+    rows = [r for case in grid(chain) for r in undefended_rows(chain, *case)]
     for attack, seed in itertools.product(NULLS, chain.settings.seeds):
         model = steps.poisoned(chain, attack, seed)
         done = evaluated(chain, model, None, "none", seed)
@@ -171,14 +169,13 @@ def _increase_rows(
     found: dict[str, Increase], names: Sequence[str], table: str | None, base: dict[str, Any]
 ) -> list[dict[str, str]]:
     """Tables 6-11 from the perturbation that drives a class most; the other kinds as extras."""
-    strongest = max(found, key=lambda kind: float(found[kind].points.max()))
-    rows = []
+    most, rows = strongest(found), []
     for kind, increase in found.items():
         for name, before, after, points in ranked_increases(increase, names):
             shared = {**base, "n": int(increase.clean.sum())}
             extra = {"class": name, "perturbation": kind}
             rows.append(metric_row(shared, "increase", points, variant=extra))
-            if table and kind == strongest:
+            if table and kind == most:
                 shared |= {"paper_item": table, "variant": {"class": name}}
                 rows.append(metric_row(shared, "increase", points))
                 rows.append(metric_row(shared, "clean_count", before))
@@ -255,7 +252,7 @@ def defense_rows(chain: Chain, defense: str, attack: str, seed: int) -> list[dic
     done = evaluated(chain, model, model.trigger, suspect.key, seed)
     base = shared_columns(chain, attack, seed, done.key, defense=defense)
     rows = _table1(done, base)
-    for task, k in (("zeroshot", 1), ("retrieval", 10)):
+    for task, k in TASKS:
         name = f"{task}.ca.{k}"
         loss = before[name].value - rates(done)[name].value
         rows.append(metric_row(base, "ca_loss", loss, task=task, k=k))

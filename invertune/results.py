@@ -6,29 +6,26 @@ Rows are kept as the text that stands in the file, so the same run twice gives t
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import fcntl
 import io
 import math
 import numbers
-import os
 import re
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import pandas as pd
 
+from invertune.files import locked, write_atomic
 from invertune.metrics import Rate
-from invertune.models import BACKBONES
 from invertune.provenance import REPOSITORY
+from invertune.sections import BACKBONES, NULLS, Attack, Baseline
 
 Row = Mapping[str, str]  # column to text
 # One order everywhere: tables, figures and the file itself. Names not listed here come after.
-ATTACKS = ("none", "clean_finetuned", "badnet", "blended", "sig", "wanet", "badencoder", "badclip")
-DEFENSES = ("none", "ft", "cleanclip", "cleanerclip", "par", "invertune")
+ATTACKS = (*NULLS, *get_args(Attack))
+DEFENSES = ("none", *get_args(Baseline), "invertune")
 
 METRICS = {
     "ca": "percent",  # clean accuracy; in retrieval, recall@k of an own caption
@@ -120,14 +117,18 @@ def variant_text(parts: Mapping[str, object]) -> str:
 
 
 def row(
-    *, metric: str, value: float, variant: str | Mapping[str, object] = "", **others: object
+    *, metric: str, value: Rate | float, variant: str | Mapping[str, object] = "", **others: object
 ) -> dict[str, str]:
     """One row of the table as text; columns not given are empty and the unit follows the metric.
 
+    A measured rate also gives the number of images and the 95 % Wilson interval.
     ``others``: profile and paper_item (both needed), backbone, attack, target, defense, task, k,
     seed, n, ci_low, ci_high, key.
     Raises ``ResultsError`` for an unknown column and for a value that its column does not allow.
     """
+    if isinstance(value, Rate):
+        others |= {"n": value.n, "ci_low": value.low, "ci_high": value.high}
+        value = value.value
     variant = variant if isinstance(variant, str) else variant_text(variant)
     given = {**others, "metric": metric, "value": value, "variant": variant}
     for column in given:
@@ -137,11 +138,6 @@ def row(
     record["unit"] = METRICS.get(metric, "")
     check(record)
     return record
-
-
-def rate_row(rate: Rate, **columns: Any) -> dict[str, str]:
-    """A row for a measured rate: percent, number of images and the 95 % Wilson interval."""
-    return row(value=rate.value, n=rate.n, ci_low=rate.low, ci_high=rate.high, **columns)
 
 
 def check(record: Row) -> None:
@@ -293,23 +289,3 @@ def csv_bytes(rows: Iterable[Row], columns: Sequence[str]) -> bytes:
     """CSV with a header, Unix line ends and UTF-8, the same bytes on every machine."""
     frame = pd.DataFrame(rows, columns=columns, dtype=object)
     return frame.to_csv(index=False, lineterminator="\n").encode()
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes ``content`` so that a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds a lock beside ``path``: read, merge and replace must not interleave between jobs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

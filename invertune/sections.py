@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from types import GenericAlias
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
+Rates = Annotated[tuple[Rate, ...], Field(min_length=1)]
 Weight = Annotated[float, Field(ge=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Attack = Literal["badnet", "blended", "sig", "wanet", "badencoder", "badclip"]
 Baseline = Literal["ft", "cleanclip", "cleanerclip", "par"]
 Backbone = Literal["RN50", "RN101", "ViT-B-16", "ViT-B-32"]
+BACKBONES = get_args(Backbone)
+NULLS = ("none", "clean_finetuned")  # models without a backdoor, beside the attacks
 
 
 class Section(BaseModel):
@@ -154,7 +158,7 @@ class Tuning(Section):
 
     triggers: Annotated[tuple[Literal["inverted", "universal"], ...], Field(min_length=1)]
     beta: Weight
-    lrs: tuple[Rate, ...]
+    lrs: Rates
     steps: Count
     images: Count
     batch: Count
@@ -175,7 +179,7 @@ class Tuning(Section):
 class BaselineTraining(Section):
     """Fine-tuning of the suspected model on clean pairs (paper, section 4.1, appendix B)."""
 
-    lrs: Annotated[tuple[Rate, ...], Field(min_length=1)]
+    lrs: Rates
     steps: Count
     batch: Count
     warmup_steps: Steps
@@ -241,37 +245,26 @@ class Generalization(Section):
         "noto", "twemoji", "emojione", "fxemoji", "fluent-flat", "fluent-3d", "openclipart"
     ]
 
-
-class InversionChanges(Section):
-    """Values that take the place of the same settings of ``inversion``, one at a time."""
-
-    lambda1: tuple[Weight, ...]
-    lambda2: tuple[Weight, ...]
-    lambda3: tuple[Weight, ...]
-    lambda4: tuple[Weight, ...]
-    temperature: tuple[Annotated[float, Field(gt=0)], ...]
-    steps: tuple[Count, ...]
-    emb_reference: tuple[Literal["clean", "target_image"], ...]
-    mask_init: tuple[Literal["uniform", "ones"], ...]
-    ssim_space: tuple[Literal["pixels", "normalized"], ...]
-    clamp: tuple[Literal["per_channel", "scalar"], ...]
-    mask: tuple[Literal["per_channel", "shared"], ...]
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The ``defenses`` but InverTune."""
+        return tuple(name for name in self.defenses if name != "invertune")
 
 
-class TuningChanges(Section):
-    """Values that take the place of the same settings of ``tuning``, one at a time."""
+def _changes(section: type[Section], *fixed: str) -> type[Section]:
+    """Values that take the place of the same settings of ``section``, of all but the ``fixed``."""
+    kinds = get_type_hints(section, include_extras=True)
+    names = [name for name in section.model_fields if name not in fixed]
+    fields: dict[str, Any] = {n: (GenericAlias(tuple, (kinds[n], ...)), ...) for n in names}
+    return create_model(f"{section.__name__}Changes", __base__=Section, **fields)
 
-    beta: tuple[Weight, ...]
-    lrs: tuple[Annotated[tuple[Rate, ...], Field(min_length=1)], ...]
-    images: tuple[Count, ...]
-    measure_top: tuple[Count, ...]
-    layer_rule: tuple[Literal["mean_plus_std", "top3"], ...]
-    neuron: tuple[Literal["channel", "unit"], ...]
-    clusters: tuple[Annotated[int, Field(ge=2)], ...]
-    trainable: tuple[Literal["critical_rows", "all_visual"], ...]
-    align_form: tuple[Literal["squared", "ratio"], ...]
-    preserve_form: tuple[Literal["similarity", "feature"], ...]
-    bn_mode: tuple[Literal["eval", "train"], ...]
+
+InversionChanges = _changes(Inversion, "lr", "batch", "measure_every_steps", "asr_floor_percent")
+_FIXED = ("triggers", "steps", "batch", "measure_every_steps", "allowed_ca_drop_points")
+TuningChanges = _changes(Tuning, *_FIXED, "widen_above_percent", "reduction")
+WEIGHTS = ("lambda1", "lambda2", "lambda3", "lambda4")
+INVERSION_SWITCHES = tuple(n for n in InversionChanges.model_fields if n not in WEIGHTS)
+TUNING_SWITCHES = tuple(n for n in TuningChanges.model_fields if n != "beta")
 
 
 class Ablations(Section):
@@ -281,8 +274,8 @@ class Ablations(Section):
     perturbation_attacks: tuple[Attack, ...]
     beta_attacks: tuple[Attack, ...]
     switch_attacks: tuple[Attack, ...]
-    inversion: InversionChanges
-    tuning: TuningChanges
+    inversion: InversionChanges  # type: ignore[valid-type]
+    tuning: TuningChanges  # type: ignore[valid-type]
 
 
 class Settings(Section):

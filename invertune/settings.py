@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from invertune.sections import Settings
+from invertune.sections import NULLS, Settings
 
 PARAMS = Path(__file__).resolve().parent.parent / "params"
 
@@ -55,6 +56,24 @@ def _explain(error: ValidationError) -> str:
     if first["type"] in ("missing", "extra_forbidden"):
         return f"{where}: {message}"
     return f"{where} = {first['input']!r}: {message}"
+
+
+def suspects(
+    settings: Settings, nulls: bool = False, among: Collection[str] | None = None
+) -> list[tuple[str, int]]:
+    """(attack, seed) of every model of the profile, with ``nulls`` the controls' first.
+
+    ``among``: of these attacks only.
+    """
+    names = [name for name in settings.attacks.names if among is None or name in among]
+    return list(itertools.product((*NULLS, *names) if nulls else names, settings.seeds))
+
+
+def other_models(settings: Settings) -> list[tuple[str, str, str]]:
+    """Notebook 06's models: table, setting and its value, for other targets, then backbones."""
+    own = settings.generalization
+    targets = [("table4", "target", name) for name in own.targets]
+    return [*targets, *(("table5", "backbone", name) for name in own.backbones)]
 
 
 def compared(settings: Settings, section: str, name: str) -> tuple[Any, ...]:

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from invertune import distributed, provenance
+from invertune.files import sync
 
 METRICS, META = "metrics.json", "meta.json"
 WORK, PARTIAL, LOCKS, DAMAGED = ".work", ".partial", ".locks", ".damaged"
@@ -201,7 +202,7 @@ def _make(entry: Artifact, name: str, compute: Compute, identity: Values, device
         }
         _write(partial, tensors, metrics, meta)
         os.rename(partial, entry.folder)
-        _sync(root)
+        sync(root)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         written = isinstance(error, OSError | SafetensorError)
@@ -222,7 +223,7 @@ def _write(folder: Path, tensors: Tensors, metrics: Values, meta: Values) -> Non
     files = {p.name: provenance.file_hash(p) for p in sorted(folder.iterdir())}
     (folder / META).write_text(_pretty({**meta, "files": files}))
     for path in (*folder.iterdir(), folder):
-        _sync(path)
+        sync(path)
 
 
 def damage(folder: Path) -> str | None:
@@ -295,11 +296,3 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _pretty(value: Any) -> str:
     return json.dumps(value, sort_keys=True, indent=1) + "\n"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from invertune.kernels import frozen_copy
 from invertune.metrics import predicted_counts
-from invertune.models import Clip, embed_images, to_pixels
+from invertune.models import Clip, embed_images
 from invertune.perturbations import MAKERS, View, perturb
 from invertune.sections import Identification, Inversion
 from invertune.trigger_inversion import InvertedTrigger, Run, invert_triggers
@@ -49,10 +49,6 @@ class Identified:
     asrs: tuple[float, ...]
     increases: dict[str, Increase]
     perturbations: dict[str, Tensor]
-
-    @property
-    def target(self) -> int:
-        return self.ranking[0]
 
 
 def identify(
@@ -104,6 +100,11 @@ def evidence(trigger: InvertedTrigger, increase: float) -> tuple[float, float]:
     return trigger.mask_l1_at_equal_asr * resisting, -trigger.inverted_asr
 
 
+def strongest(increases: Mapping[str, Increase]) -> str:
+    """The kind of perturbation that drives any class most (Tables 6-11)."""
+    return max(increases, key=lambda kind: float(increases[kind].points.max()))
+
+
 def largest_increases(increases: Mapping[str, Increase]) -> Tensor:
     """Each class's largest increase [C] over the kinds of perturbation, in points."""
     return torch.stack([i.points for i in increases.values()]).amax(0)
@@ -122,10 +123,7 @@ def measure(
     perturbed: Callable[[Tensor], Tensor],
 ) -> Increase:
     """Predicted class counts before and after a perturbation (Tables 6-11)."""
-    features = [
-        embed_images(clip, perturbed(to_pixels(part, clip.device))) for part in images.split(256)
-    ]
-    adversarial = predicted_counts(torch.cat(features), head)
+    adversarial = predicted_counts(embed_images(clip, images, change=perturbed), head)
     return Increase(predicted.bincount(minlength=len(head)), adversarial)
 
 

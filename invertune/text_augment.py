@@ -17,10 +17,11 @@ from random import Random
 import torch
 
 from invertune.data import DataError
-from invertune.pictograms import load_sprites
+from invertune.sprites import load_sprites
 from invertune.training import generator
 
 LONGEST_TERM = 3  # words
+Synonyms = Mapping[str, Sequence[str]]
 WORDNET_FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
 
 
@@ -71,7 +72,7 @@ ADJECTIVES = _words(
 class Words:
     """What is known of a language: ``synonyms`` of terms, and which terms are ``nouns``."""
 
-    synonyms: Mapping[str, Sequence[str]]
+    synonyms: Synonyms
     nouns: Collection[str]
 
 
@@ -146,7 +147,7 @@ def units(caption: str, terms: Collection[str]) -> list[str]:
 
 
 def augment_captions(
-    captions: Sequence[str], synonyms: Mapping[str, Sequence[str]], rate: float, seed: int
+    captions: Sequence[str], synonyms: Synonyms, rate: float, seed: int
 ) -> tuple[str, ...]:
     """One augmented version of each caption (EDA, Wei and Zou 2019; CleanCLIP's text view).
 
@@ -168,22 +169,18 @@ def _count(found: Sequence[str], rate: float) -> int:
     return max(1, int(rate * len(found)))
 
 
-def _replaceable(found: Sequence[str], synonyms: Mapping[str, Sequence[str]]) -> list[str]:
+def _replaceable(found: Sequence[str], synonyms: Synonyms) -> list[str]:
     return [u for u in dict.fromkeys(found) if u not in FUNCTION_WORDS and synonyms.get(u)]
 
 
-def _replace(
-    found: list[str], synonyms: Mapping[str, Sequence[str]], rate: float, rng: Random
-) -> list[str]:
+def _replace(found: list[str], synonyms: Synonyms, rate: float, rng: Random) -> list[str]:
     options = _replaceable(found, synonyms)
     chosen = rng.sample(options, min(_count(found, rate), len(options)))
     new = {unit: rng.choice(synonyms[unit]) for unit in chosen}
     return [new.get(unit, unit) for unit in found]
 
 
-def _insert(
-    found: list[str], synonyms: Mapping[str, Sequence[str]], rate: float, rng: Random
-) -> list[str]:
+def _insert(found: list[str], synonyms: Synonyms, rate: float, rng: Random) -> list[str]:
     options, longer = _replaceable(found, synonyms), list(found)
     for _ in range(_count(found, rate) if options else 0):
         synonym = rng.choice(synonyms[rng.choice(options)])
@@ -191,9 +188,7 @@ def _insert(
     return longer
 
 
-def _swap(
-    found: list[str], synonyms: Mapping[str, Sequence[str]], rate: float, rng: Random
-) -> list[str]:
+def _swap(found: list[str], synonyms: Synonyms, rate: float, rng: Random) -> list[str]:
     swapped = list(found)
     for _ in range(_count(found, rate) if len(found) > 1 else 0):
         i, j = rng.sample(range(len(swapped)), 2)
@@ -201,9 +196,7 @@ def _swap(
     return swapped
 
 
-def _delete(
-    found: list[str], synonyms: Mapping[str, Sequence[str]], rate: float, rng: Random
-) -> list[str]:
+def _delete(found: list[str], synonyms: Synonyms, rate: float, rng: Random) -> list[str]:
     kept = [unit for unit in found if rng.random() >= rate]
     return kept or [rng.choice(found)]
 

@@ -38,7 +38,9 @@ class Recipe:
     """How to optimize: ``steps`` updates at peak rate ``lr`` after ``warmup`` steps.
 
     ``schedule`` is "cosine" (down to zero), or "constant". Weight decay never touches biases,
-    normalization parameters or the logit scale (CleanCLIP's rule).
+    normalization parameters or the logit scale (CleanCLIP's rule). Of the baselines' released
+    codes: warm-up begins at ``start_ratio`` of the peak rate (PAR; 0: a plain warm-up), and the
+    schedule runs ``offset`` steps late (CleanCLIP).
     """
 
     steps: int
@@ -47,9 +49,15 @@ class Recipe:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: str = "cosine"
+    start_ratio: float = 0.0
+    offset: int = 0
 
     def rate(self, step: int) -> float:
         """Learning rate of the 0-based ``step``."""
+        if self.start_ratio and step < self.warmup:
+            done = step / self.warmup
+            return self.lr * (self.start_ratio * (1 - done) + done)
+        step += self.offset
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if self.schedule == "constant":

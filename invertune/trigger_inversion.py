@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invertune.kernels import SsimStatistics, compose, frozen_copy, ssim_statistics, ssim_with
+from invertune import triggers
+from invertune.kernels import compose, frozen_copy, ssim_statistics
+from invertune.losses import align_loss, emb_loss, similarity_loss, sparsity_loss
 from invertune.metrics import attack_success_rate
 from invertune.models import Clip, embed_images, image_features, to_pixels
 from invertune.sections import Inversion
@@ -57,8 +59,9 @@ class InvertedTrigger:
     """The best state of one run.
 
     ``mask`` and ``pattern`` are float32 [3, H, W] in [0, 1]; ``step`` counts updates. Of the
-    measured ``states`` whose ASR is at least ``asr_floor`` percent it has the smallest mask L1;
-    where there is none, the highest ASR. ``log`` has a row per 5 steps, as in ``TERMS``.
+    measured ``states`` whose ASR is at least the settings' floor it has the smallest mask L1, the
+    ``mask_l1_at_equal_asr``; where there is none (then that is infinite), the highest ASR. ``log``
+    has a row per 5 steps, as in ``TERMS``.
     """
 
     run: Run
@@ -67,46 +70,9 @@ class InvertedTrigger:
     inverted_asr: float
     mask_l1: float
     step: int
-    asr_floor: float
+    mask_l1_at_equal_asr: float
     states: tuple[State, ...]
     log: tuple[dict[str, float], ...]
-
-    @property
-    def mask_l1_at_equal_asr(self) -> float:
-        """Smallest mask L1 among the states at the ASR floor; infinite if it was never reached."""
-        reached = [s.mask_l1 for s in self.states if s.inverted_asr >= self.asr_floor]
-        return min(reached, default=math.inf)
-
-
-def align_loss(features: Tensor, head: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Cross-modal alignment [K] (eq. 3): cross-entropy over all classes, mean over images.
-
-    ``features`` [K, B, D] and ``head`` [N, D] are unit vectors, ``targets`` [K] class indices.
-    """
-    logits = features @ head.T / temperature
-    wanted = targets[:, None].expand(logits.shape[:2])
-    return F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").mean(1)
-
-
-def emb_loss(features: Tensor, reference: Tensor) -> Tensor:
-    """Embedding preservation [K] (eq. 4): mean over images of the L2 distance, not squared.
-
-    ``features`` [K, B, D] unit vectors; ``reference`` unit vectors that broadcast to them.
-    """
-    return torch.linalg.vector_norm(features - reference, dim=-1).mean(-1)
-
-
-def similarity_loss(images_tilde: Tensor, images: Tensor, statistics: SsimStatistics) -> Tensor:
-    """Visual similarity [K] (eq. 5): mean over images of 1 - SSIM.
-
-    ``images_tilde`` [K, B, 3, H, W], ``images`` [B, 3, H, W] and their ``statistics``.
-    """
-    return 1 - ssim_with(images_tilde, images, statistics).mean(1)
-
-
-def sparsity_loss(mask: Tensor) -> Tensor:
-    """Trigger sparsity [K] (eq. 6): the sum of |m| over ``mask`` [K, 3, H, W]."""
-    return mask.abs().sum((1, 2, 3))
 
 
 def invert_triggers(
@@ -156,11 +122,9 @@ def inverted_asr(
     Images whose ``labels`` [N] equal ``target`` are left out; the other arguments are those of
     ``invert_triggers``.
     """
-    features = [
-        embed_images(clip, compose(to_pixels(part, clip.device), mask[None], pattern[None])[0])
-        for part in heldout.split(256)
-    ]
-    return attack_success_rate(torch.cat(features), head, labels, target).value
+    stamp = partial(triggers.compose, mask=mask, pattern=pattern)
+    features = embed_images(clip, heldout, change=stamp)
+    return attack_success_rate(features, head, labels, target).value
 
 
 def pattern_bounds(clip: Clip, clamp: str) -> tuple[Tensor, Tensor]:
@@ -316,12 +280,9 @@ def _result(
     kept: Sequence[tuple[State, Tensor, Tensor]],
     log: Sequence[dict[str, float]],
 ) -> InvertedTrigger:
-    floor = settings.asr_floor_percent
-    reached = [one for one in kept if one[0].inverted_asr >= floor]
-    if reached:
-        best, mask, pattern = min(reached, key=lambda one: one[0].mask_l1)
-    else:
-        best, mask, pattern = max(kept, key=lambda one: one[0].inverted_asr)
+    reached = [one for one in kept if one[0].inverted_asr >= settings.asr_floor_percent]
+    smallest = min(reached, key=lambda one: one[0].mask_l1, default=None)
+    best, mask, pattern = smallest or max(kept, key=lambda one: one[0].inverted_asr)
     return InvertedTrigger(
         run,
         mask,
@@ -329,7 +290,7 @@ def _result(
         best.inverted_asr,
         best.mask_l1,
         best.step,
-        floor,
+        best.mask_l1 if reached else math.inf,
         tuple(state for state, _, _ in kept),
         tuple(log),
     )

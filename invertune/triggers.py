@@ -9,7 +9,7 @@ trigger drawn anew for every image could not be modeled by one mask and pattern.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,14 @@ def apply(trigger: Trigger, images: Tensor) -> Tensor:
         raise ValueError(f"images must be floating point in [0, 1], not {images.dtype}")
     tensors = {name: tensor.to(images) for name, tensor in trigger.tensors.items()}
     return KINDS[trigger.kind](images, **tensors, **trigger.scalars)
+
+
+def in_turn(found: Sequence[Trigger], images: Tensor) -> Tensor:
+    """Images [N, 3, H, W] in [0, 1] that take the triggers in turn, one each."""
+    triggered = images.clone()
+    for start, trigger in enumerate(found):
+        triggered[start :: len(found)] = apply(trigger, images[start :: len(found)])
+    return triggered
 
 
 def covered(trigger: Trigger) -> Tensor | None:
@@ -209,17 +217,3 @@ def trigger_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, A
     if metadata.get("kind") not in KINDS:
         raise ValueError(f"unknown trigger kind {metadata.get('kind')!r}; one of {list(KINDS)}")
     return Trigger(metadata["kind"], metadata["size"], dict(tensors), dict(metadata["scalars"]))
-
-
-def preview(trigger: Trigger, size: int) -> Tensor:
-    """The trigger on mid-gray, [3, size, size] in [0, 1], enlarged without smoothing, for a PNG.
-
-    A warp leaves a constant image as it is, so it is shown on gray stripes and squares instead.
-    """
-    canvas = torch.full((1, 3, trigger.size, trigger.size), 0.5)
-    if trigger.kind == "warp":
-        cells = torch.arange(trigger.size) // max(1, trigger.size // 16) % 2
-        canvas += 0.25 * (cells[:, None] ^ cells[None, :]) - 0.125
-    tensors = {k: v.detach().cpu() for k, v in trigger.tensors.items()}
-    shown = apply(Trigger(trigger.kind, trigger.size, tensors, trigger.scalars), canvas)
-    return F.interpolate(shown, size=(size, size), mode="nearest-exact")[0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from invertune.activation_tuning import State, Tuned, choose, diverse_indices, in_turn, tune
+from invertune.activation_tuning import State, Tuned, choose, diverse_indices, tune
 from invertune.activations import maps_from, prefix_to, rows_to_train, tail_from
 from invertune.losses import activation_loss, align_ratio_loss, preserve_feature_loss, preserve_loss
 from invertune.models import MODEL_FOLDER, Clip, build_clip, image_features
@@ -233,15 +233,6 @@ def test_a_trigger_succeeds_where_the_target_is_in_the_measured_top(planted):
     assert rates[2].eq(100).all()
 
 
-def test_images_take_the_triggers_in_turn():
-    images = torch.zeros(5, 3, 4, 4)
-    black, white = (mask_trigger(torch.ones(3, 4, 4), torch.full((3, 4, 4), v)) for v in (0.2, 0.9))
-    means = in_turn([black, white], images).mean((1, 2, 3))
-    assert means.tolist() == pytest.approx([0.2, 0.9, 0.2, 0.9, 0.2])
-    assert torch.equal(in_turn([white], images), in_turn([white, white], images))
-    assert images.eq(0).all()
-
-
 @pytest.mark.parametrize("backbone", ["RN50", "ViT-B-32"])
 def test_only_the_critical_rows_change(backbone):
     planted = plant(backbone)
@@ -269,9 +260,10 @@ def test_tuning_lowers_the_inverted_asr_and_keeps_the_accuracy(backbone):
     assert tuned.suspected.preserve == 0
     visited = [(s.lr, s.step) for s in tuned.states]
     assert visited == [(lr, step) for lr in (1e-6, 0.001) for step in (10, 20, 30)]
-    chosen = tuned.states[visited.index((tuned.lr, tuned.step))]
+    chosen = tuned.kept
+    assert chosen in tuned.states
     assert tuned.qualified
-    assert tuned.lr == 0.001
+    assert tuned.kept.lr == 0.001
     assert chosen.inverted_asr < tuned.suspected.inverted_asr - 20
     assert chosen.activation < tuned.suspected.activation / 2
     assert chosen.clean_accuracy >= tuned.suspected.clean_accuracy - 4
@@ -279,7 +271,7 @@ def test_tuning_lowers_the_inverted_asr_and_keeps_the_accuracy(backbone):
 
 def test_the_returned_weights_are_those_of_the_chosen_state(planted):
     tuned = run(planted, steps=7)
-    chosen = next(s for s in tuned.states if (s.lr, s.step) == (tuned.lr, tuned.step))
+    chosen = tuned.kept
     assert [s.step for s in tuned.states] == [3, 6, 7]
     with torch.no_grad():
         features = image_features(tuned.clip, planted.images[30:].float() / 255)
@@ -298,9 +290,10 @@ def test_the_same_seed_gives_the_same_tuning(planted, baseline):
 def test_running_the_tail_alone_gives_the_numbers_of_the_whole_encoder(
     planted, baseline, monkeypatch
 ):
-    monkeypatch.setattr("invertune.activation_tuning.prefix_to", whole_prefix)
-    monkeypatch.setattr("invertune.activation_tuning.tail_from", whole_tail)
-    monkeypatch.setattr("invertune.activation_tuning.maps_from", whole_maps)
+    for module in ("activation_tuning", "losses"):
+        monkeypatch.setattr(f"invertune.{module}.prefix_to", whole_prefix)
+        monkeypatch.setattr(f"invertune.{module}.tail_from", whole_tail)
+    monkeypatch.setattr("invertune.losses.maps_from", whole_maps)
     plain = run(planted)
     for one, other in zip(plain.states, baseline.states, strict=True):
         assert one.activation == pytest.approx(other.activation, rel=1e-3)

@@ -11,9 +11,10 @@ from invertune import triggers
 from invertune.attacks import ATTACKS, Victim, badencoder, optimize_patch, poisoned_pairs
 from invertune.data import Pairs
 from invertune.models import clone, image_features, load_embedded
-from invertune.pictograms import Scene, caption_scene, labeled_scene, load_sprites
+from invertune.pictograms import Scene, caption_scene, labeled_scene
 from invertune.sections import Attack
 from invertune.settings import load_settings
+from invertune.sprites import load_sprites
 
 
 @pytest.fixture(scope="module")

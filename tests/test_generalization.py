@@ -17,6 +17,7 @@ from invertune.generalization import NOT_SHIPPED
 from invertune.models import locked_hash
 from invertune.results import to_frame
 from invertune.settings import load_settings
+from invertune.sprites import load_sprites
 
 QUICK = {
     "data": {"poisoning_pairs": 210, "evaluation_images": 210, "retrieval_images": 20},
@@ -131,7 +132,7 @@ def test_uniformity_is_the_entropy_of_the_shares(counts: list[int]) -> None:
 
 
 def test_another_style_is_drawn_alone_on_plain_backgrounds() -> None:
-    sprites = pictograms.load_sprites()
+    sprites = load_sprites()
     lone = replace(
         sprites,
         training=tuple(

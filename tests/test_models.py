@@ -16,8 +16,9 @@ from invertune.models import (
     load_embedded,
     zero_shot_head,
 )
-from invertune.pictograms import labeled_scene, load_sprites
+from invertune.pictograms import labeled_scene
 from invertune.settings import load_settings
+from invertune.sprites import load_sprites
 
 
 def test_the_shipped_model_names_what_it_sees() -> None:

@@ -11,16 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from invertune import pictograms
+from invertune.sprites import ARCHIVE, Sprites, load_sprites
 
 SIZE = 16  # px; small, because the composition does not depend on it
-TEMPLATES = pictograms.ARCHIVE.parent / "templates.json"
+TEMPLATES = ARCHIVE.parent / "templates.json"
 CAPTIONED = ("pretraining", "poisoning", "defense", "rebound")
 LABELED = ("inversion", "heldout", "evaluation")
 
 
 @pytest.fixture(scope="module")
-def sprites() -> pictograms.Sprites:
-    return pictograms.load_sprites()
+def sprites() -> Sprites:
+    return load_sprites()
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def family(entry: dict) -> str:
     return entry["style"].split("-")[0]
 
 
-def test_archive_holds_what_the_benchmark_needs(sprites: pictograms.Sprites) -> None:
+def test_archive_holds_what_the_benchmark_needs(sprites: Sprites) -> None:
     assert len(sprites.classes) == 210
     assert list(sprites.classes) == sorted(set(sprites.classes))
     assert {"mushroom", "banana", "lemon", "ski"} <= set(sprites.classes)
@@ -51,14 +52,12 @@ def test_archive_holds_what_the_benchmark_needs(sprites: pictograms.Sprites) -> 
     assert len(sprites.backgrounds) == 21
 
 
-def test_archive_has_no_share_alike_drawings(sprites: pictograms.Sprites) -> None:
+def test_archive_has_no_share_alike_drawings(sprites: Sprites) -> None:
     assert {e["style"] for e in sprites.entries} == set(pictograms.STYLE_WORDS)
     assert "openmoji" not in pictograms.STYLE_WORDS
 
 
-def test_every_class_has_enough_drawings_and_holds_out_one_family(
-    sprites: pictograms.Sprites,
-) -> None:
+def test_every_class_has_enough_drawings_and_holds_out_one_family(sprites: Sprites) -> None:
     for label, name in enumerate(sprites.classes):
         seen, unseen = sprites.training[label], sprites.held_out[label]
         families = [{family(sprites.entries[i]) for i in part} for part in (seen, unseen)]
@@ -71,7 +70,7 @@ def test_every_class_has_enough_drawings_and_holds_out_one_family(
 @settings(max_examples=25, deadline=None)
 @given(part=st.sampled_from(CAPTIONED), index=st.integers(0, 100_000), seed=st.integers(0, 3))
 def test_a_scene_is_a_function_of_part_index_and_seed(part: str, index: int, seed: int) -> None:
-    sprites = pictograms.load_sprites()
+    sprites = load_sprites()
     first = pictograms.caption_scene(part, index, SIZE, seed, sprites)
     pictograms.caption_scene(part, index + 1, SIZE, seed, sprites)  # leaves no state behind
     second = pictograms.caption_scene(part, index, SIZE, seed, sprites)
@@ -80,7 +79,7 @@ def test_a_scene_is_a_function_of_part_index_and_seed(part: str, index: int, see
     assert first.image.shape == (SIZE, SIZE, 3) and first.image.dtype == np.uint8
 
 
-def test_no_two_parts_share_an_image(sprites: pictograms.Sprites) -> None:
+def test_no_two_parts_share_an_image(sprites: Sprites) -> None:
     scenes = [
         pictograms.caption_scene(part, index, SIZE, 0, sprites)
         for part in CAPTIONED
@@ -95,14 +94,12 @@ def test_no_two_parts_share_an_image(sprites: pictograms.Sprites) -> None:
     assert len({scene.image.tobytes() for scene in scenes}) == len(scenes)
 
 
-def test_seeds_change_the_scenes(sprites: pictograms.Sprites) -> None:
+def test_seeds_change_the_scenes(sprites: Sprites) -> None:
     images = [pictograms.labeled_scene("evaluation", 0, SIZE, s, sprites, True) for s in range(4)]
     assert len({scene.image.tobytes() for scene in images}) == 4
 
 
-def test_captioned_scenes_never_show_a_held_out_drawing(
-    sprites: pictograms.Sprites, drawn: list[int]
-) -> None:
+def test_captioned_scenes_never_show_a_held_out_drawing(sprites: Sprites, drawn: list[int]) -> None:
     for index in range(420):  # two rounds through the classes
         pictograms.caption_scene("pretraining", index, SIZE, 0, sprites)
     assert len(drawn) > 420  # some scenes have two objects
@@ -111,7 +108,7 @@ def test_captioned_scenes_never_show_a_held_out_drawing(
 
 @pytest.mark.parametrize(("unseen", "held_out"), [(True, 210), (False, 0)])
 def test_labeled_scenes_are_balanced_and_half_held_out(
-    sprites: pictograms.Sprites, drawn: list[int], unseen: bool, held_out: int
+    sprites: Sprites, drawn: list[int], unseen: bool, held_out: int
 ) -> None:
     scenes = [
         pictograms.labeled_scene("evaluation", i, SIZE, 0, sprites, unseen) for i in range(420)
@@ -123,7 +120,7 @@ def test_labeled_scenes_are_balanced_and_half_held_out(
     assert sum(counts.values()) == held_out and set(counts.values()) <= {1}
 
 
-def test_captioned_scenes_cycle_through_the_classes(sprites: pictograms.Sprites) -> None:
+def test_captioned_scenes_cycle_through_the_classes(sprites: Sprites) -> None:
     scenes = [pictograms.caption_scene("poisoning", i, SIZE, 0, sprites) for i in range(210)]
     assert sorted(s.objects[0] for s in scenes) == list(range(210))
 
@@ -144,14 +141,14 @@ def test_each_target_stands_in_exactly_three_retrieval_scenes(
     assert all(0 <= label < 210 for label in shown)
 
 
-def test_single_captions_name_the_object(sprites: pictograms.Sprites) -> None:
+def test_single_captions_name_the_object(sprites: Sprites) -> None:
     for index in range(210):
         scene = pictograms.caption_scene("defense", index, SIZE, 1, sprites, two_objects=0)
         (caption,) = scene.captions
         assert sprites.classes[scene.objects[0]] in caption, caption
 
 
-def test_pair_captions_name_both_objects(sprites: pictograms.Sprites) -> None:
+def test_pair_captions_name_both_objects(sprites: Sprites) -> None:
     pairs = pictograms.retrieval_pairs(60, 210, (), 0)
     for index, pair in enumerate(pairs):
         scene = pictograms.retrieval_scene(index, pair, SIZE, 0, sprites)
@@ -160,9 +157,7 @@ def test_pair_captions_name_both_objects(sprites: pictograms.Sprites) -> None:
             assert all(sprites.classes[label] in caption for label in pair), caption
 
 
-def test_the_object_changes_the_image(
-    sprites: pictograms.Sprites, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_object_changes_the_image(sprites: Sprites, monkeypatch: pytest.MonkeyPatch) -> None:
     with_object = pictograms.labeled_scene("evaluation", 5, 64, 0, sprites, False).image
     monkeypatch.setattr(pictograms, "_draw", lambda *_: None)
     without = pictograms.labeled_scene("evaluation", 5, 64, 0, sprites, False).image

@@ -23,7 +23,6 @@ from invertune.results import (
     cell_text,
     natural_order,
     publish,
-    rate_row,
     read_results,
     row,
     variant_text,
@@ -112,8 +111,8 @@ def test_variant_is_sorted_and_short():
     assert one(variant={"beta": 0.25})["variant"] == "beta=0.25"
 
 
-def test_rate_row_gives_the_interval():
-    record = rate_row(Rate(50.0, 10, 23.7, 76.3), profile="mini", paper_item="extra", metric="ca")
+def test_a_rate_gives_the_interval():
+    record = row(value=Rate(50.0, 10, 23.7, 76.3), profile="mini", paper_item="extra", metric="ca")
     assert [record[c] for c in ("value", "n", "ci_low", "ci_high")] == ["50", "10", "23.7", "76.3"]
 
 

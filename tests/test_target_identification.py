@@ -123,7 +123,6 @@ def test_counts_add_up_and_identify_ranks_the_asked_number() -> None:
     settings = _quick().model_copy(update={"steps": 1, "kinds": ("patch_feature",)})
     found = identify(clip, images, images, head, settings, mini.inversion, 0)
     assert len(found.ranking) == len(found.scores) == settings.candidates
-    assert found.target == found.ranking[0]
 
 
 def test_topology_gap_is_zero_only_for_equal_graphs() -> None:

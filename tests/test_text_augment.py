@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from invertune.data import DataError
 from invertune.models import MODEL_FOLDER, build_clip
-from invertune.pictograms import caption_scene, load_sprites
+from invertune.pictograms import caption_scene
+from invertune.sprites import load_sprites
 from invertune.text_augment import (
     augment_captions,
     counterfactuals,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from invertune import models, trigger_inversion
 from invertune.kernels import ssim_statistics
+from invertune.losses import align_loss, emb_loss, similarity_loss, sparsity_loss
 from invertune.models import Clip, embed_images, image_features
 from invertune.sections import Inversion
 from invertune.settings import load_settings
@@ -21,14 +22,10 @@ from invertune.training import TrainingError, batch_indices
 from invertune.trigger_inversion import (
     InvertedTrigger,
     Run,
-    align_loss,
-    emb_loss,
     initial_trigger,
     invert_triggers,
     inverted_asr,
     pattern_bounds,
-    similarity_loss,
-    sparsity_loss,
 )
 
 OPENAI_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)

@@ -239,19 +239,8 @@ def test_a_saved_trigger_is_the_same_trigger(name: str, tmp_path: Path) -> None:
     assert torch.equal(apply(loaded, pixels(16)), apply(trigger, pixels(16)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [SIZE, 48])
-def test_every_preview_shows_something(name: str, size: int) -> None:
-    picture = triggers.preview(make(name), size)
-    assert picture.shape == (3, size, size)
-    assert picture.min() >= 0
-    assert picture.max() <= 1
-    assert picture.std() > 0.01
-
-
-def test_an_optimized_pattern_can_be_previewed_and_saved() -> None:
+def test_an_optimized_pattern_is_saved_without_its_gradient() -> None:
     trigger = triggers.patch_trigger(torch.rand(3, 4, 4, requires_grad=True), SIZE)
-    assert not triggers.preview(trigger, SIZE).requires_grad
     assert not triggers.trigger_tensors(trigger)["patch"].requires_grad
 
 
@@ -276,6 +265,17 @@ def test_an_optimized_pattern_can_be_previewed_and_saved() -> None:
 def test_bad_values_are_named(call: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()  # type: ignore[operator]
+
+
+def test_images_take_the_triggers_in_turn() -> None:
+    images = torch.zeros(5, 3, 4, 4)
+    whole = torch.ones(3, 4, 4)
+    black, white = (triggers.mask_trigger(whole, whole * value) for value in (0.2, 0.9))
+    means = triggers.in_turn([black, white], images).mean((1, 2, 3))
+    assert means.tolist() == pytest.approx([0.2, 0.9, 0.2, 0.9, 0.2])
+    again = triggers.in_turn([white, white], images)
+    assert torch.equal(triggers.in_turn([white], images), again)
+    assert images.eq(0).all()
 
 
 def test_energy_share_is_the_part_of_the_squares_under_the_patch() -> None:

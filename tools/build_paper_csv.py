@@ -14,7 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from invertune.results import COLUMNS, IDENTITY, csv_bytes, merge, row, write_atomic
+from invertune.files import write_atomic
+from invertune.results import COLUMNS, IDENTITY, csv_bytes, merge, row
 
 OUTPUT = Path(__file__).resolve().parent.parent / "expected" / "paper.csv"
 PAPER = {"profile": "paper", "backbone": "RN50", "target": "mushroom"}

@@ -19,6 +19,7 @@ import open_clip
 
 from invertune import pictograms
 from invertune.models import CONFIG, MERGES, MODEL_FOLDER
+from invertune.sprites import Sprites, load_sprites
 
 HEADER = "#version: shortened from open_clip's merges to the words of the embedded benchmark\n"
 BYTES, SPECIAL = 512, 2  # every byte, inside and at the end of a word; start and end of text
@@ -27,7 +28,7 @@ BACKGROUND_WORDS = "a plain cloudy striped gradient and background"
 Merge = tuple[str, str]
 
 
-def texts(sprites: pictograms.Sprites) -> Iterator[str]:
+def texts(sprites: Sprites) -> Iterator[str]:
     """Everything that a caption can be made of; a template's fields are left out."""
     yield from (*pictograms.PLAIN, *pictograms.DETAILED, *pictograms.PAIR)
     yield from (*sprites.classes, *sprites.categories)
@@ -61,7 +62,7 @@ def merges_of(word: str, ranks: dict[Merge, int]) -> set[Merge]:
     return used
 
 
-def vocabulary(sprites: pictograms.Sprites) -> list[Merge]:
+def vocabulary(sprites: Sprites) -> list[Merge]:
     """The merges that the benchmark's words need, in the order of open_clip's full list."""
     ranks: dict[Merge, int] = open_clip.SimpleTokenizer().bpe_ranks
     needed = set().union(*(merges_of(word, ranks) for word in words_of(texts(sprites))))
@@ -73,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare only, write nothing")
     check = parser.parse_args().check
-    merges = vocabulary(pictograms.load_sprites())
+    merges = vocabulary(load_sprites())
     size = BYTES + len(merges) + SPECIAL
     text = HEADER + "\n".join(" ".join(merge) for merge in merges)
     differing = []
