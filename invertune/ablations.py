@@ -14,13 +14,13 @@ import pandas as pd
 from invertune import data as datasets
 from invertune import metrics, steps, tables
 from invertune.ablation_steps import found_triggers, inversions, scored, with_value
-from invertune.chain import NULLS, Chain
+from invertune.chain import Chain
 from invertune.evaluation import RECALL_KS
 from invertune.metrics import Rate
 from invertune.models import set_state
 from invertune.reports import full_mask, grid, increases, metric_row, shared_columns
 from invertune.results import variant_text
-from invertune.sections import INVERSION_SWITCHES, TUNING_SWITCHES, WEIGHTS  # noqa: F401 (notebook 07)
+from invertune.sections import NULLS, WEIGHTS
 from invertune.settings import compared, suspects
 from invertune.store import Artifact
 

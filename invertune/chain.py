@@ -16,7 +16,7 @@ from torch import Tensor
 
 from invertune import data as datasets
 from invertune.models import Clip, ModelError, text_digest, zero_shot_head
-from invertune.sections import NULLS, Settings  # noqa: F401 (from here for the exhibits)
+from invertune.sections import Settings
 from invertune.store import Artifact, default_root, obtain
 from invertune.triggers import Trigger
 from invertune.weights import load_clip

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from invertune import data as datasets
 from invertune import figures, image_figures, steps, tables, triggers
-from invertune.chain import NULLS, Chain, Model, class_head
+from invertune.chain import Chain, Model, class_head
 from invertune.image_figures import Example
 from invertune.models import embed_images, to_pixels
 from invertune.reports import increases, inverted_energy, largest_increases, own_rows
+from invertune.sections import NULLS
 from invertune.target_identification import ranked_increases
 from invertune.triggers import Trigger
 
@@ -197,27 +198,6 @@ def example_images(chain: Chain) -> Tensor:
 def as_picture(image: Tensor) -> np.ndarray:
     """[3, H, W] in [0, 1] to a NumPy array [H, W, 3]."""
     return image.detach().cpu().permute(1, 2, 0).numpy()
-
-
-def inversion_logs(chain: Chain) -> dict[str, pd.DataFrame]:
-    """Per attack (first seed): the inversion's losses with held-out ASR and mask size."""
-    logs = {}
-    for attack in ("none", *chain.settings.attacks.names):
-        found = steps.inverted(chain, attack, chain.settings.seeds[0]).metrics
-        states = pd.DataFrame(found["states"])
-        losses = pd.DataFrame(found["log"])
-        logs[attack] = losses.merge(states, on="step", how="outer").sort_values("step")
-    return logs
-
-
-def tuning_figure(chain: Chain) -> Figure:
-    """Per attack (first seed): what step 3 measured at the rate it kept; dots are kept states."""
-    names: Sequence[str] = chain.settings.attacks.names
-    found = {a: steps.tuned(chain, a, chain.settings.seeds[0]).metrics for a in names}
-    states = {a: pd.DataFrame([m["suspected"], *m["states"]]) for a, m in found.items()}
-    logs = {a: s[s.lr.isin([0, found[a]["lr"]])] for a, s in states.items()}
-    kept = {a: m["step"] for a, m in found.items()}
-    return figures.loss_curves(logs, figures.TUNING_CURVES, kept)
 
 
 def layer_table(chain: Chain) -> pd.DataFrame:

@@ -15,12 +15,12 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from invertune.results import ATTACKS, write_atomic
+from invertune.files import write_atomic
+from invertune.results import ATTACKS
 from invertune.tables import label
 
 COLUMN_IN, PAGE_IN = 3.3, 6.9  # widths of one and of two columns of the paper, in inches
@@ -259,50 +259,4 @@ def layer_impact(impact: Mapping[str, float], threshold: float) -> Figure:
     chart.invert_yaxis()
     chart.set_xlabel("Layer impact (ratio, eq. 8)")
     legend_above(figure, chart)
-    return figure
-
-
-INVERSION_CURVES = {
-    "align": "$L_{align}$",
-    "emb": "$L_{emb}$",
-    "sim": "$L_{sim}$",
-    "mask": "$L_{mask}$",
-    "inverted_asr": "Inverted ASR (%)",
-    "mask_l1": "Mask size (L1)",
-}
-TUNING_CURVES = {
-    "inverted_asr": "ASR of suspected triggers (%)",
-    "clean_accuracy": "Held-out CA (%)",
-    "activation": "$L_{activation}$",
-    "preserve": "$L_{preserve}$",
-}
-
-
-@mpl.rc_context(STYLE)
-def loss_curves(
-    logs: Mapping[str, pd.DataFrame],
-    titles: Mapping[str, str],
-    kept: Mapping[str, int] | None = None,
-) -> Figure:
-    """Training over steps: one panel per column of ``titles``, one line per attack (eqs. 3-7, 11).
-
-    Each log has a column ``step`` and some of the columns; missing values are skipped, so losses
-    and what is measured less often may stand in one frame. ``kept`` steps get a dot.
-    """
-    lines, dots = -(-len(titles) // 2), kept or {}
-    figure, axes = canvas(lines, 2, COLUMN_IN, 0.6 + 1.1 * lines, sharex=True)
-    for chart, (column, title) in zip(axes.flat, titles.items(), strict=False):
-        for name in in_order(logs):
-            if column in logs[name]:
-                points = logs[name].set_index("step")[column].dropna()
-                color = ATTACK_COLORS.get(name, OTHER_COLOR)
-                chart.plot(points, label=label("attack", name), color=color)
-                if name in dots:
-                    chart.plot(dots[name], points[dots[name]], "o", color=color, markersize=3)
-        chart.set_title(title)
-    for chart in axes.flat[len(titles) :]:
-        chart.set_axis_off()
-    figure.supxlabel("Step", fontsize=STYLE["axes.labelsize"])
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=3)
     return figure

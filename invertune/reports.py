@@ -17,11 +17,12 @@ import torch
 
 from invertune import data as datasets
 from invertune import defenses, steps, tables, target_identification, triggers
-from invertune.chain import NULLS, Chain, pretrained
+from invertune.chain import Chain, pretrained
 from invertune.evaluation import evaluated
 from invertune.metrics import Rate
 from invertune.provenance import REPOSITORY
 from invertune.results import row, write_rows, write_runs
+from invertune.sections import NULLS
 from invertune.settings import suspects
 from invertune.store import Artifact
 from invertune.target_identification import Increase, ranked_increases, strongest

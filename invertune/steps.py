@@ -20,9 +20,10 @@ from invertune import data as datasets
 from invertune import triggers
 from invertune.activation_tuning import tune
 from invertune.attacks import ATTACKS, Victim
-from invertune.chain import NULLS, Chain, Model, class_head, pool, pretrained
+from invertune.chain import Chain, Model, class_head, pool, pretrained
 from invertune.models import embed_images, set_state
 from invertune.perturbations import as_trigger
+from invertune.sections import NULLS
 from invertune.store import Artifact
 from invertune.target_identification import identify
 from invertune.trigger_inversion import InvertedTrigger, Run, invert_triggers

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from invertune.results import IDENTITY, ResultsError, natural_order, write_atomic
+from invertune.files import write_atomic
+from invertune.results import IDENTITY, ResultsError, natural_order
 
 # What two numbers are about; the profile and the seed say only where they come from.
 COMPARED = tuple(column for column in IDENTITY if column not in ("profile", "seed"))

@@ -18,6 +18,7 @@ from invertune.kernels import compose
 from invertune.perturbations import as_trigger, paste
 from invertune.plan import planned
 from invertune.results import read_results, to_frame
+from invertune.sections import WEIGHTS
 from invertune.settings import changed, compared, load_settings
 from invertune.store import entries
 
@@ -42,7 +43,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 @pytest.fixture(scope="module")
 def table2_rows(chain: Chain) -> pd.DataFrame:
     own = chain.settings.ablations
-    rows = ablations.inversion_rows(chain, own.weight_attacks, ablations.WEIGHTS, "table2")
+    rows = ablations.inversion_rows(chain, own.weight_attacks, WEIGHTS, "table2")
     return to_frame(rows)
 
 

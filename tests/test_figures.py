@@ -12,7 +12,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from invertune import figures, image_figures
+from invertune import curve_figures, figures, image_figures
 from invertune.results import ATTACKS, DEFENSES
 
 ASR = {"badclip": [98.0, 99.0], "badnet": [87.0, 85.0], "blended": [96.0, 94.0]}
@@ -41,8 +41,8 @@ DRAW = {
     "attack_gate": lambda: figures.attack_gate(ASR, CA, 59.8),
     "before_after": lambda: figures.before_after((CA, CA), (ASR, LOW)),
     "layer_impact": lambda: figures.layer_impact({"visual.layer1": 0.1, "visual.layer4": 1.4}, 1.0),
-    "loss_curves": lambda: figures.loss_curves(
-        {"badnet": LOG}, figures.INVERSION_CURVES, {"badnet": 40}
+    "loss_curves": lambda: curve_figures.loss_curves(
+        {"badnet": LOG}, curve_figures.INVERSION_CURVES, {"badnet": 40}
     ),
     "figure7": lambda: image_figures.figure7(examples(0), examples(50)),
     "figure7_upper": lambda: image_figures.figure7(examples(0), {}),
@@ -141,14 +141,14 @@ def test_layers_above_the_threshold_are_colored():
 
 
 def test_loss_curves_skip_missing_values_and_columns():
-    panels = figures.loss_curves({"badnet": LOG}, figures.INVERSION_CURVES).axes
+    panels = curve_figures.loss_curves({"badnet": LOG}, curve_figures.INVERSION_CURVES).axes
     drawn = {axes.get_title(): axes.lines for axes in panels}
     assert list(drawn["Inverted ASR (%)"][0].get_xdata()) == [0, 40]
     assert len(drawn["$L_{align}$"]) == 1 and len(drawn["$L_{sim}$"]) == 0
 
 
 def test_a_dot_marks_the_kept_step():
-    panels = figures.loss_curves({"badnet": LOG}, {"align": "loss"}, {"badnet": 20}).axes
+    panels = curve_figures.loss_curves({"badnet": LOG}, {"align": "loss"}, {"badnet": 20}).axes
     line, dot = panels[0].lines
     assert list(line.get_ydata()) == [6, 5, 4]
     assert dot.get_xydata().tolist() == [[20, 5]]

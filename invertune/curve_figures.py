@@ -1,0 +1,80 @@
+"""What steps 2 and 3 measure while they optimize, over their steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+from invertune import steps
+from invertune.chain import Chain
+from invertune.figures import ATTACK_COLORS, COLUMN_IN, OTHER_COLOR, STYLE, canvas, in_order
+from invertune.tables import label
+
+INVERSION_CURVES = {
+    "align": "$L_{align}$",
+    "emb": "$L_{emb}$",
+    "sim": "$L_{sim}$",
+    "mask": "$L_{mask}$",
+    "inverted_asr": "Inverted ASR (%)",
+    "mask_l1": "Mask size (L1)",
+}
+TUNING_CURVES = {
+    "inverted_asr": "ASR of suspected triggers (%)",
+    "clean_accuracy": "Held-out CA (%)",
+    "activation": "$L_{activation}$",
+    "preserve": "$L_{preserve}$",
+}
+
+
+def inversion_figure(chain: Chain) -> Figure:
+    """Per attack (first seed): the inversion's losses with held-out ASR and mask size."""
+    logs = {}
+    for attack in ("none", *chain.settings.attacks.names):
+        found = steps.inverted(chain, attack, chain.settings.seeds[0]).metrics
+        states = pd.DataFrame(found["states"])
+        losses = pd.DataFrame(found["log"])
+        logs[attack] = losses.merge(states, on="step", how="outer").sort_values("step")
+    return loss_curves(logs, INVERSION_CURVES)
+
+
+def tuning_figure(chain: Chain) -> Figure:
+    """Per attack (first seed): what step 3 measured at the rate it kept; dots are kept states."""
+    names: Sequence[str] = chain.settings.attacks.names
+    found = {a: steps.tuned(chain, a, chain.settings.seeds[0]).metrics for a in names}
+    states = {a: pd.DataFrame([m["suspected"], *m["states"]]) for a, m in found.items()}
+    logs = {a: s[s.lr.isin([0, found[a]["lr"]])] for a, s in states.items()}
+    kept = {a: m["step"] for a, m in found.items()}
+    return loss_curves(logs, TUNING_CURVES, kept)
+
+
+@mpl.rc_context(STYLE)
+def loss_curves(
+    logs: Mapping[str, pd.DataFrame],
+    titles: Mapping[str, str],
+    kept: Mapping[str, int] | None = None,
+) -> Figure:
+    """Training over steps: one panel per column of ``titles``, one line per attack (eqs. 3-7, 11).
+
+    Each log has a column ``step`` and some of the columns; missing values are skipped, so losses
+    and what is measured less often may stand in one frame. ``kept`` steps get a dot.
+    """
+    lines, dots = -(-len(titles) // 2), kept or {}
+    figure, axes = canvas(lines, 2, COLUMN_IN, 0.6 + 1.1 * lines, sharex=True)
+    for chart, (column, title) in zip(axes.flat, titles.items(), strict=False):
+        for name in in_order(logs):
+            if column in logs[name]:
+                points = logs[name].set_index("step")[column].dropna()
+                color = ATTACK_COLORS.get(name, OTHER_COLOR)
+                chart.plot(points, label=label("attack", name), color=color)
+                if name in dots:
+                    chart.plot(dots[name], points[dots[name]], "o", color=color, markersize=3)
+        chart.set_title(title)
+    for chart in axes.flat[len(titles) :]:
+        chart.set_axis_off()
+    figure.supxlabel("Step", fontsize=STYLE["axes.labelsize"])
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=3)
+    return figure
