@@ -110,7 +110,7 @@ def stale(
 
 def test_no_published_row_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = published()
-    assert {r["seed"] for r in rows} == {"1", "2", "3"}
+    assert {r["seed"] for r in rows} == {"4", "5", "6"}
     assert not stale(rows, tmp_path, monkeypatch)
 
 
