@@ -109,6 +109,7 @@ def pretrain_embedded(
     precision = getattr(torch, settings.precision)
     clip = replace(build_clip(folder, backbone, chain.device), precision=precision)
     classes, started = len(datasets.class_names(data)), time.monotonic()
+    resumed = work.exists()  # what was spent before the kill is not known any more
     for train, steps, lr in (
         (warm_start, own.warm_start_steps, own.warm_start_lr),
         (pretrain, own.contrastive_steps, own.contrastive_lr),
@@ -119,12 +120,13 @@ def pretrain_embedded(
     if overrides:
         one_line = yaml.safe_dump(overrides, default_flow_style=True, width=math.inf).strip()
         command += f" --overrides '{one_line}'"
-    publish_weights(chain, clip, folder, (time.monotonic() - started) / 3600, command)
-    shutil.rmtree(work)
+    hours = f"{'at least ' if resumed else ''}{(time.monotonic() - started) / 3600:.2f}"
+    publish_weights(chain, clip, folder, hours, command)
+    shutil.rmtree(work, ignore_errors=True)  # short stages leave no checkpoint
     return folder
 
 
-def publish_weights(chain: Chain, clip: Clip, folder: Path, hours: float, command: str) -> None:
+def publish_weights(chain: Chain, clip: Clip, folder: Path, hours: str, command: str) -> None:
     """Writes float16 weights and the model card, with scores of float32 and float16 weights."""
     clip.net.eval()
     full = utility(chain, clip)
@@ -163,7 +165,7 @@ A small CLIP that mirrors the family of OpenAI's {backbone}: {parameters:,} para
 safetensors of {bytes:,} bytes, an open_clip `local-dir:` folder. It knows pictograms only: never
 read its behavior as that of a model of natural images. License: MIT.
 
-- Command: `{command}` (resumable), seed {seed}, {hours:.2f} hours
+- Command: `{command}` (resumable), seed {seed}, {hours} hours
   ({device}); code at commit {commit}; {versions}.
 - Data: {pairs:,} caption pairs of the embedded benchmark (manifest {manifest:.12}).
 - Recipe: a supervised warm start of the image tower on class labels, then contrastive training of
