@@ -15,10 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from invertune import figures, tables
-from invertune.ablation_steps import WEIGHTS
-from invertune.ablations import chosen, ours, variant
+from invertune.ablations import ours, variant
 from invertune.chain import Chain
-from invertune.figures import AFTER, ATTACK_COLORS, BEFORE, COLUMN_IN, MARKED, STYLE, canvas
+from invertune.figures import AFTER, ATTACK_COLORS, BEFORE, COLUMN_IN, MARKED, STYLE, canvas, panels
+from invertune.reports import grid
+from invertune.sections import WEIGHTS
 from invertune.settings import compared
 
 
@@ -31,10 +32,7 @@ def table2_figure(
     ``state`` "last": the last state of each inversion instead of the chosen one.
     """
     several = [w for w in WEIGHTS if len(compared(chain.settings, "inversion", w)) > 1]
-    lines = max(1, -(-len(several) // 2))
-    figure, axes = canvas(
-        lines, min(2, len(several)) or 1, COLUMN_IN, 0.4 + 1.4 * lines, sharey=True
-    )
+    figure, axes = panels(len(several), 0.4, 1.4, sharey=True)
     titles = {"inverted_asr": "Inverted ASR (%)", "mask_l1": "Mask size (L1)", "ssim": "SSIM"}
     for chart, weight in zip(axes.flat, several, strict=False):
         values = sorted(compared(chain.settings, "inversion", weight))
@@ -45,8 +43,6 @@ def table2_figure(
             _curve(chart, rows, texts, label=tables.label("attack", attack), **look)
         chart.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         chart.set_xlabel(rf"$\lambda_{weight[-1]}$ (no unit)")
-    for chart in axes.flat[len(several) :]:
-        chart.set_axis_off()
     for chart in axes[:, 0]:
         chart.set_ylabel(titles[metric])
     if metric == "inverted_asr":
@@ -72,7 +68,7 @@ def _curve(axes: Axes, rows: pd.DataFrame, texts: Sequence[str], **look: Any) ->
 def table3_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """Table 3's ASR at top 1 and top 10, by the trigger that the model was tuned with."""
     wanted = chain.settings.ablations.perturbation_attacks
-    names = list(dict.fromkeys(attack for attack, _ in chosen(chain, wanted)))
+    names = list(dict(grid(chain, among=wanted)))
     figure, axes = canvas(2, 1, COLUMN_IN, 3.2, sharex=True)
     looks = (("uap", -0.2, BEFORE, "universal perturbation"), ("inverted", 0.2, AFTER, "inverted"))
     for chart, k in zip(axes[:, 0], ("1", "10"), strict=True):
@@ -94,7 +90,7 @@ def table3_figure(chain: Chain, results: pd.DataFrame) -> Figure:
 @mpl.rc_context(STYLE)
 def figure6(chain: Chain, results: pd.DataFrame) -> Figure:
     """Figure 6: CA (left axis) and ASR (right axis) over beta, a panel per attack."""
-    names = list(dict.fromkeys(a for a, _ in chosen(chain, chain.settings.ablations.beta_attacks)))
+    names = list(dict(grid(chain, among=chain.settings.ablations.beta_attacks)))
     values = sorted(compared(chain.settings, "tuning", "beta"))
     texts = [variant("beta", value) for value in values]
     figure, axes = canvas(max(1, len(names)), 1, COLUMN_IN, 0.4 + 1.8 * max(1, len(names)))
@@ -128,7 +124,7 @@ def updates_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     titles = {"inverted_asr": "Inverted ASR (%)", "mask_l1": "Mask size (L1)"}
     rows = results[results.variant.str.startswith("updates=")]
     for chart, (metric, title) in zip(axes[0], titles.items(), strict=True):
-        for attack in dict(chosen(chain, chain.settings.ablations.switch_attacks)):
+        for attack in dict(grid(chain, among=chain.settings.ablations.switch_attacks)):
             own = ours(chain, rows, rows.variant.unique(), attack=attack, metric=metric)
             means = own.groupby(own.variant.str.removeprefix("updates=").astype(int)).value.mean()
             chart.plot(means, color=ATTACK_COLORS[attack], label=tables.label("attack", attack))

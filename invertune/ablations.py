@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from invertune import data as datasets
-from invertune import metrics, steps, tables
+from invertune import metrics, steps, tables, triggers
 from invertune.ablation_steps import found_triggers, inversions, scored, with_value
 from invertune.chain import Chain
 from invertune.evaluation import RECALL_KS
@@ -21,7 +21,7 @@ from invertune.models import set_state
 from invertune.reports import full_mask, grid, increases, metric_row, shared_columns
 from invertune.results import variant_text
 from invertune.sections import NULLS, WEIGHTS
-from invertune.settings import compared, suspects
+from invertune.settings import compared
 from invertune.store import Artifact
 
 TABLE3 = {"inverted": ("inverted",), "uap": ("universal",), "both": ("inverted", "universal")}
@@ -42,11 +42,6 @@ def variants(chain: Chain, section: str, names: Iterable[str]) -> list[str]:
     return [variant(name, v) for name, values in found.items() if len(values) > 1 for v in values]
 
 
-def chosen(chain: Chain, attacks: Sequence[str]) -> list[tuple[str, int]]:
-    """The profile's attacks that are among ``attacks``, with every seed."""
-    return suspects(chain.settings, among=attacks)
-
-
 def inversion_rows(chain: Chain, attacks: Sequence[str], names: Iterable[str], item: str) -> Rows:
     """Inverted ASR, mask size at equal ASR and SSIM at every compared value of some settings.
 
@@ -54,7 +49,7 @@ def inversion_rows(chain: Chain, attacks: Sequence[str], names: Iterable[str], i
     """
     rows: Rows = []
     several = [n for n in names if len(compared(chain.settings, "inversion", n)) > 1]
-    for (attack, seed), name in ((c, n) for c in chosen(chain, attacks) for n in several):
+    for (attack, seed), name in ((c, n) for c in grid(chain, among=attacks) for n in several):
         suspect = steps.poisoned(chain, attack, seed)
         for artifact, values in inversions(chain, attack, seed, name):
             found = found_triggers(chain, artifact)
@@ -82,7 +77,7 @@ def tuning_rows(chain: Chain, attacks: Sequence[str], names: Iterable[str], item
     """
     rows: Rows = []
     several = [n for n in names if len(compared(chain.settings, "tuning", n)) > 1]
-    for (attack, seed), name in ((c, n) for c in chosen(chain, attacks) for n in several):
+    for (attack, seed), name in ((c, n) for c in grid(chain, among=attacks) for n in several):
         for value in compared(chain.settings, "tuning", name):
             done = steps.tuned(with_value(chain, "tuning", name, value), attack, seed)
             text = variant(name, value)
@@ -101,11 +96,10 @@ def _purified_rows(
 ) -> Rows:
     """Zero-shot CA and ASR under the true trigger of one tuned model."""
     suspect = steps.poisoned(chain, attack, seed)
-    if suspect.trigger is None:
-        raise ValueError(f"{attack!r} has no trigger of its own; choose an attack")
+    trigger = triggers.required(suspect.trigger, attack)
     set_state(suspect.clip, artifact.tensors("weights"), artifact.key)
     model = replace(suspect, key=artifact.key)
-    done = scored(chain, model, [suspect.trigger], suspect.key, seed)
+    done = scored(chain, model, [trigger], suspect.key, seed)
     base = shared_columns(chain, attack, seed, done.key, "invertune", task="zeroshot", **columns)
     return [
         metric_row(base, metric, Rate(*rates[str(k)]), k=k)
@@ -117,7 +111,7 @@ def _purified_rows(
 def table3_rows(chain: Chain) -> Rows:
     """CA and ASR at top 1, 3, 5 and 10 after tuning with either trigger (Table 3), or both."""
     rows: Rows = []
-    for attack, seed in chosen(chain, chain.settings.ablations.perturbation_attacks):
+    for attack, seed in grid(chain, among=chain.settings.ablations.perturbation_attacks):
         for name, found in TABLE3.items():
             done = steps.tuned(with_value(chain, "tuning", "triggers", found), attack, seed)
             about: dict[str, Any] = {"paper_item": "table3", "variant": {"trigger": name}}
@@ -130,7 +124,7 @@ def update_rows(chain: Chain) -> Rows:
     rows: Rows = []
     longest = max(compared(chain.settings, "inversion", "steps"))
     other = with_value(chain, "inversion", "steps", longest)
-    for attack, seed in chosen(chain, chain.settings.ablations.switch_attacks):
+    for attack, seed in grid(chain, among=chain.settings.ablations.switch_attacks):
         target = steps.suspected_target(chain, attack, seed)
         found = steps.inverted(other, attack, seed, target)
         base = shared_columns(chain, attack, seed, found.key, task="zeroshot")

@@ -20,10 +20,17 @@ from invertune.chain import Chain
 from invertune.evaluation import evaluated
 from invertune.figures import COLUMN_IN, DEFENSE_COLORS, PLAIN, STYLE, canvas, percent_axis
 from invertune.plan import invertune_passes
-from invertune.reports import defense_rows, grid, mean, metric_row, own_rows, rates, shared_columns
+from invertune.reports import (
+    TASKS,
+    defense_rows,
+    grid,
+    mean,
+    metric_row,
+    own_rows,
+    rates,
+    shared_columns,
+)
 from invertune.store import Artifact
-
-TASKS = (("zeroshot", "1"), ("retrieval", "10"))
 
 
 def compared(chain: Chain) -> tuple[str, ...]:
@@ -58,9 +65,7 @@ def data_use(chain: Chain, defense: str, attack: str, seed: int) -> tuple[int, i
 def rebound_rows(chain: Chain) -> list[dict[str, str]]:
     """CA and ASR after benign fine-tuning of every defended model (design, section 8)."""
     rows: list[dict[str, str]] = []
-    for attack, seed in grid(chain):
-        if attack not in chain.settings.rebound.attacks:
-            continue
+    for attack, seed in grid(chain, among=chain.settings.rebound.attacks):
         suspect = steps.poisoned(chain, attack, seed)
         for defense in compared(chain):
             model = defenses.rebound_model(chain, defense, attack, seed)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from invertune import steps
 from invertune.chain import Chain
-from invertune.figures import ATTACK_COLORS, COLUMN_IN, OTHER_COLOR, STYLE, canvas, in_order
+from invertune.figures import ATTACK_COLORS, OTHER_COLOR, STYLE, in_order, panels
 from invertune.tables import label
 
 INVERSION_CURVES = {
@@ -61,8 +61,8 @@ def loss_curves(
     Each log has a column ``step`` and some of the columns; missing values are skipped, so losses
     and what is measured less often may stand in one frame. ``kept`` steps get a dot.
     """
-    lines, dots = -(-len(titles) // 2), kept or {}
-    figure, axes = canvas(lines, 2, COLUMN_IN, 0.6 + 1.1 * lines, sharex=True)
+    dots = kept or {}
+    figure, axes = panels(len(titles), 0.6, 1.1, sharex=True)
     for chart, (column, title) in zip(axes.flat, titles.items(), strict=False):
         for name in in_order(logs):
             if column in logs[name]:
@@ -72,8 +72,6 @@ def loss_curves(
                 if name in dots:
                     chart.plot(dots[name], points[dots[name]], "o", color=color, markersize=3)
         chart.set_title(title)
-    for chart in axes.flat[len(titles) :]:
-        chart.set_axis_off()
     figure.supxlabel("Step", fontsize=STYLE["axes.labelsize"])
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=3)

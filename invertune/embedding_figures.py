@@ -63,8 +63,7 @@ class View:
 def encoder_views(chain: Chain, attack: str, seed: int) -> dict[str, View]:
     """Both encoders' views of evaluation images; ``ValueError`` for a null: it has no trigger."""
     poisoned = steps.poisoned(chain, attack, seed)
-    if poisoned.trigger is None:
-        raise ValueError(f"{attack!r} has no trigger of its own; choose an attack")
+    trigger = triggers.required(poisoned.trigger, attack)
     own = chain.settings.data
     names = datasets.class_names(own)
     drawn = np.random.default_rng(own.seed).permutation(len(names)).tolist()
@@ -73,7 +72,7 @@ def encoder_views(chain: Chain, attack: str, seed: int) -> dict[str, View]:
     parts = [to_pixels(shown.images[shown.labels == i], chain.device) for i in chosen]
     clean = torch.cat(parts[1:])
     labels = torch.cat([torch.full((len(part),), i) for i, part in enumerate(parts) if i > 0])
-    triggered = triggers.apply(poisoned.trigger, clean)
+    triggered = triggers.apply(trigger, clean)
     images = {"clean": clean, "target": parts[0], "triggered": triggered}
     encoders = {"clean": ("none", pretrained(chain)), "poisoned": (attack, poisoned)}
     views = {}

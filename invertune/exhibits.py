@@ -16,10 +16,9 @@ from invertune import figures, image_figures, steps, tables, triggers
 from invertune.chain import Chain, Model, class_head
 from invertune.image_figures import Example
 from invertune.models import embed_images, to_pixels
-from invertune.reports import increases, inverted_energy, largest_increases, own_rows
+from invertune.reports import TASKS, increases, inverted_energy, largest_increases, own_rows
 from invertune.sections import NULLS
 from invertune.target_identification import ranked_increases
-from invertune.triggers import Trigger
 
 
 def _column(results: pd.DataFrame, **where: str | Sequence[str]) -> pd.Series:
@@ -173,13 +172,10 @@ def trigger_example(chain: Chain, attack: str, seed: int, inverted: bool = False
     A patch and an inverted trigger are shown as mask times pattern; any other trigger as what it
     adds to the image, amplified around mid-gray.
     """
-    trigger: Trigger | None
     if inverted:
         trigger = steps.inverted_trigger(chain, steps.inverted(chain, attack, seed))
     else:
-        trigger = steps.planted_trigger(chain, attack, seed)
-    if trigger is None:
-        raise ValueError(f"{attack!r} has no trigger of its own; choose an attack")
+        trigger = triggers.required(steps.planted_trigger(chain, attack, seed), attack)
     image = to_pixels(example_images(chain)[:1], chain.device)
     triggered = as_picture(triggers.apply(trigger, image)[0])
     if trigger.kind in ("patch", "mask"):
@@ -210,12 +206,12 @@ def layer_table(chain: Chain) -> pd.DataFrame:
                 {
                     "attack": tables.label("attack", attack),
                     "seed": seed,
-                    **{k.removeprefix("visual."): v for k, v in found["impacts"].items()},
+                    **{tables.label("layer", k): v for k, v in found["impacts"].items()},
                     "mean": found["mean"],
                     "std": found["std"],
                     "threshold": found["threshold"],
                     "critical": ", ".join(
-                        f"{k.removeprefix('visual.')} ({found['neurons'][k]} neurons)"
+                        f"{tables.label('layer', k)} ({found['neurons'][k]} neurons)"
                         for k in found["layers"]
                     ),
                 }
@@ -233,7 +229,7 @@ def layer_figure(chain: Chain) -> Figure:
 def tuning_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """Per attack: CA and ASR of both tasks before and after, the paper's numbers beside them."""
     own, columns = own_rows(chain, results), {}
-    for task, k in (("zeroshot", "1"), ("retrieval", "10")):
+    for task, k in TASKS:
         for metric in ("ca", "asr"):
             where = {"task": task, "k": k, "metric": metric, "variant": "", "paper_item": "table1"}
             for defense, title in (("none", "before"), ("invertune", "after")):

@@ -97,6 +97,20 @@ def canvas(
     return figure, axes
 
 
+def panels(
+    count: int, height_in: float, line_in: float, **options: Any
+) -> tuple[Figure, np.ndarray]:
+    """A column's width of ``count`` charts, two a line; a place that is left over stays empty.
+
+    ``height_in`` and ``line_in`` for every line make up the height.
+    """
+    lines, columns = max(1, -(-count // 2)), max(1, min(2, count))
+    figure, axes = canvas(lines, columns, COLUMN_IN, height_in + line_in * lines, **options)
+    for chart in axes.flat[count:]:
+        chart.set_axis_off()
+    return figure, axes
+
+
 def in_order(*groups: Mapping[str, Any]) -> list[str]:
     """The attacks named in any of ``groups``, in the one order of this artifact."""
     names = {name for group in groups for name in group}

@@ -154,7 +154,7 @@ def variant_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
         line: dict[str, Any] = {"InverTune": TITLES[variant], "found": ", ".join(found)}
         line["its rank by text"] = ", ".join(str(similarity_rank(chain, name)) for name in found)
         for (task, k), metric in itertools.product(TASKS, ("ca", "asr", "ca_loss")):
-            where = {**shared, "task": task, "k": str(k), "variant": variant, "metric": metric}
+            where = {**shared, "task": task, "k": k, "variant": variant, "metric": metric}
             title = "CA loss" if metric == "ca_loss" else tables.label("metric", metric)
             value = mean(results, defense="invertune", **where)
             line[f"{tables.label('task', task)} {title}"] = value

@@ -7,7 +7,7 @@ returns rows for ``results.write_rows``; ``record`` writes them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from invertune.settings import suspects
 from invertune.store import Artifact
 from invertune.target_identification import Increase, ranked_increases, strongest
 
-TASKS = (("zeroshot", 1), ("retrieval", 10))  # with the k of Table 1
+TASKS = (("zeroshot", "1"), ("retrieval", "10"))  # with the k of Table 1
 IDENTIFICATION_TABLES = {
     "badnet": "table6",
     "blended": "table7",
@@ -101,9 +101,11 @@ def rates(artifact: Artifact) -> dict[str, Rate]:
     return {name: Rate(*value) for name, value in artifact.metrics.items()}
 
 
-def grid(chain: Chain, nulls: bool = False) -> list[tuple[str, int]]:
-    """Every attack (with ``nulls``: the controls too) and seed of the profile."""
-    return suspects(chain.settings, nulls)
+def grid(
+    chain: Chain, nulls: bool = False, among: Collection[str] | None = None
+) -> list[tuple[str, int]]:
+    """Every attack (with ``nulls``: the controls too; ``among`` some) and seed of the profile."""
+    return suspects(chain.settings, nulls, among)
 
 
 def attack_rows(chain: Chain) -> list[dict[str, str]]:
@@ -142,7 +144,7 @@ def _table1(artifact: Artifact, base: dict[str, Any], item: str = "table1") -> l
         columns: dict[str, Any] = {"task": task, "k": k}
         if metric == "t2i":
             metric, columns["variant"] = "ca", "direction=text_to_image"
-        elif metric in ("ca", "asr") and (task, k) in (("zeroshot", "1"), ("retrieval", "10")):
+        elif metric in ("ca", "asr") and (task, k) in TASKS:
             columns["paper_item"] = item
         rows.append(metric_row(base, metric, rate, **columns))
     return rows
@@ -277,9 +279,8 @@ def _universal_rows(chain: Chain, attack: str, seed: int) -> list[dict[str, str]
     for defense in ("none", "invertune"):
         model = defenses.defended(chain, defense, attack, seed)
         done = evaluated(chain, model, trigger, source, seed)
-        base = shared_columns(chain, attack, seed, done.key, defense=defense)
-        asr = rates(done)["zeroshot.asr.1"]
-        rows.append(metric_row(base, "universal_asr", asr, task="zeroshot", k=1))
+        base = shared_columns(chain, attack, seed, done.key, defense, task="zeroshot", k=1)
+        rows.append(metric_row(base, "universal_asr", rates(done)["zeroshot.asr.1"]))
     return rows
 
 

@@ -202,7 +202,7 @@ def tuned(chain: Chain, attack: str, seed: int) -> Artifact:
         result = tune(
             suspect.clip,
             pool(chain, "inversion").images,
-            [trigger for triggers, _ in found for trigger in triggers],
+            [trigger for several, _ in found for trigger in several],
             heldout.images,
             heldout.labels,
             class_head(chain, suspect.clip),

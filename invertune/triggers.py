@@ -95,6 +95,13 @@ def apply(trigger: Trigger, images: Tensor) -> Tensor:
     return KINDS[trigger.kind](images, **tensors, **trigger.scalars)
 
 
+def required(trigger: Trigger | None, attack: str) -> Trigger:
+    """The ``trigger`` of an attack; ``ValueError`` for a null, which has none."""
+    if trigger is None:
+        raise ValueError(f"{attack!r} has no trigger of its own; choose an attack")
+    return trigger
+
+
 def in_turn(found: Sequence[Trigger], images: Tensor) -> Tensor:
     """Images [N, 3, H, W] in [0, 1] that take the triggers in turn, one each."""
     triggered = images.clone()
