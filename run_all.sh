@@ -5,13 +5,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
   cat <<'TEXT'
-usage: ./run_all.sh [PROFILE] [--only NN] [--seeds LIST] [--overrides YAML] [--dry-run]
+usage: ./run_all.sh [PROFILE] [--only NN] [--seeds LIST] [--overrides YAML] [--jobs N]
+                    [--dry-run]
        ./run_all.sh lab
 
   PROFILE            smoke (3 minutes), mini (the default) or paper (GPUs; set INVERTUNE_DATA)
   --only NN          only the notebooks whose names start with NN, e.g. --only 03
   --seeds LIST       seeds, separated by commas, e.g. --seeds 1,2,3 (default: the profile's)
   --overrides YAML   other settings, e.g. --overrides '{attacks: {names: [badnet]}}'
+  --jobs N           processes at once (default: one a core, as far as memory is free)
   --dry-run          the plan: steps, planned exposures, what the store holds, minutes, memory
   lab                opens JupyterLab in the same environment
 

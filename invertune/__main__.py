@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import sys
@@ -11,8 +10,6 @@ from collections.abc import Sequence
 
 from invertune import plan
 from invertune.settings import SettingsError, load_settings
-
-TRAINING = ("01_attacks", "05_baselines", "06_generalization")  # what the command fill is for
 
 # Modules that import torch are imported late: a wrong argument should not wait seconds for it.
 
@@ -64,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("backbone")
     pretrain.add_argument("profile", nargs="?", default="mini")
     pretrain.add_argument("--overrides", metavar="YAML", help="nested settings as YAML")
-    plan.add_options(add("fill", _fill, "trains what the store lacks; also under torchrun"))
+    fill = add("fill", _fill, "makes what notebooks look for in the store; also under torchrun")
+    plan.add_options(fill)
+    plan.add_jobs(fill)
     add("publish", _publish, "makes a profile's results the expected ones").add_argument("profile")
     plan.add_options(add("plan", plan.show, "steps, exposures, minutes and memory of a run"))
     store = add("store", _store, "lists, shows or verifies stored artifacts")
@@ -99,24 +98,19 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 
 def _fill(options: argparse.Namespace) -> int:
-    """The long trainings of notebooks 01, 05 and 06, which then find them in the store."""
-    settings, only = load_settings(options.profile, plan.overrides_of(options)), options.only or ""
-    if not any(name.startswith(only) for name in TRAINING):
-        raise SettingsError(f"--only {only!r} trains nothing; choose one of {', '.join(TRAINING)}")
-    from invertune import defenses, distributed, generalization, steps
-    from invertune.chain import open_chain
+    overrides, together = plan.overrides_of(options), "TORCHELASTIC_RUN_ID" in os.environ
+    settings, only = load_settings(options.profile, overrides), options.only or ""
+    if together and options.jobs:
+        raise SettingsError("torchrun's processes share every training: leave --jobs out")
+    from invertune import distributed, jobs
 
+    chosen = [name for name in jobs.calls(settings) if name.startswith(only)]
+    if not chosen:
+        raise SettingsError(f"no notebook starts with {only!r}")
     distributed.start()
-    chain, attacks = open_chain(settings), settings.attacks.names
-    for seed in settings.seeds:
-        if TRAINING[0].startswith(only):
-            for attack in (*attacks, "clean_finetuned"):
-                steps.attacked(chain, attack, seed)
-        if TRAINING[1].startswith(only):
-            for attack, defense in itertools.product(attacks, settings.baselines.names):
-                defenses.baseline(chain, defense, attack, seed)
-        if TRAINING[2].startswith(only):
-            generalization.train(chain, seed)
+    count = 1 if together else options.jobs or jobs.default_count(settings)
+    for name in chosen:
+        jobs.fill(options.profile, overrides, name, count)
     distributed.stop()
     return 0
 

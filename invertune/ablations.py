@@ -108,10 +108,10 @@ def _purified_rows(
     ]
 
 
-def table3_rows(chain: Chain) -> Rows:
+def table3_rows(chain: Chain, attacks: Sequence[str]) -> Rows:
     """CA and ASR at top 1, 3, 5 and 10 after tuning with either trigger (Table 3), or both."""
     rows: Rows = []
-    for attack, seed in grid(chain, among=chain.settings.ablations.perturbation_attacks):
+    for attack, seed in grid(chain, among=attacks):
         for name, found in TABLE3.items():
             done = steps.tuned(with_value(chain, "tuning", "triggers", found), attack, seed)
             about: dict[str, Any] = {"paper_item": "table3", "variant": {"trigger": name}}

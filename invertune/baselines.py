@@ -24,6 +24,7 @@ from invertune.models import Clip, clone, embed_images, text_features, to_pixels
 from invertune.sections import Baselines, BaselineTraining, CleanClip, Par
 from invertune.text_augment import augment_captions, known_words, lexicon, sub_captions
 from invertune.training import (
+    BatchError,
     Recipe,
     TrainingError,
     contrastive_loss,
@@ -202,7 +203,7 @@ def _run(
     own: BaselineTraining = getattr(settings, name)
     count = len(pairs.images)
     if count < own.batch:
-        raise ValueError(f"baselines.{name}.batch = {own.batch}, but there are {count} pairs")
+        raise BatchError(f"baselines.{name}.batch = {own.batch}, but there are {count} pairs")
     clip = clone(suspected)
     terms = prepare(clip, suspected, pairs, settings, seed)
     try:
@@ -264,7 +265,7 @@ def defend(
 
     ``heldout`` [M, 3, H, W] with ``heldout_labels`` [M]; ``head_of`` gives a model's own class
     embeddings (text towers change too). Checkpoints lie in ``work``; the suspected model stays as
-    it is. Raises ``ValueError`` for fewer pairs than a batch, and ``TrainingError`` for a loss that
+    it is. Raises ``BatchError`` for fewer pairs than a batch, and ``TrainingError`` for a loss that
     is not finite.
     """
     own: BaselineTraining = getattr(settings, name)

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import psutil
 import torch
 
 from invertune import provenance, real_data, weights
@@ -67,11 +68,8 @@ def _device() -> str:
 
 
 def _memory() -> str:
-    page = os.sysconf("SC_PAGE_SIZE") / 1e9
-    total = os.sysconf("SC_PHYS_PAGES") * page
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return f"{total:.1f} GB"
-    return f"{total:.1f} GB, {os.sysconf('SC_AVPHYS_PAGES') * page:.1f} GB free"
+    memory = psutil.virtual_memory()
+    return f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free"
 
 
 def _paper_data() -> list[str]:

@@ -86,15 +86,16 @@ def describe(found: Sequence[Case]) -> str:
     return "\n".join(lines)
 
 
-def with_rates(case: Case, main: Chain, seed: int) -> Chain:
-    """The case's chain with ``baseline_lrs`` rates of each baseline's grid.
+def with_rates(case: Case, main: Chain, seed: int, names: Iterable[str] | None = None) -> Chain:
+    """The case's chain with ``baseline_lrs`` rates of the grids of the baselines ``names``.
 
-    Where that is not the whole grid, it begins at the rate that the same attack got in Table 1
-    (``main``), on held-out images; the case then chooses among its rates on its own model.
+    Without ``names``, of all. Where that is not the whole grid, it begins at the rate that the same
+    attack got in Table 1 (``main``), on held-out images; the case then chooses among its rates on
+    its own model.
     """
     baselines, own = case.chain.settings.baselines, main.settings.generalization
     grids: dict[str, Any] = {}
-    for name in own.baselines:
+    for name in own.baselines if names is None else names:
         section = getattr(baselines, name)
         if len(section.lrs) > own.baseline_lrs:
             lrs = sorted(section.lrs, reverse=True)
@@ -110,14 +111,17 @@ def generalization_rows(chain: Chain) -> Rows:
     return [row for case in shipped(chain) for row in case_rows(case, chain)]
 
 
-def train(chain: Chain, seed: int) -> None:
-    """The long trainings behind the rows: the attack and the baselines of every case."""
-    own = chain.settings.generalization
-    for case in shipped(chain):
-        steps.attacked(case.chain, own.attack, seed)
-        few = with_rates(case, chain, seed)
-        for defense in own.baselines:
-            defenses.baseline(few, defense, own.attack, seed)
+def fill(main: Chain, item: str, name: str, defense: str, seed: int) -> None:
+    """Makes what ``case_rows`` finds of one defense, or of "none"; nothing without weights."""
+    case = next(case for case in cases(main) if (case.item, case.name) == (item, name))
+    attack = main.settings.generalization.attack
+    if not case.shipped:
+        return
+    if defense == "none":
+        reports.undefended_rows(case.chain, attack, seed)
+    else:
+        tried = [defense] if defense in main.settings.generalization.baselines else []
+        reports.defense_rows(with_rates(case, main, seed, tried), defense, attack, seed)
 
 
 def case_rows(case: Case, main: Chain) -> Rows:

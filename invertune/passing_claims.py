@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,7 @@ TITLES = {
     "data=other_style": "another distribution",
     "list=without_target": "target not in the class list",
 }
+VARIANTS = tuple(filter(None, TITLES))
 
 
 def passing_rows(chain: Chain) -> Rows:
@@ -69,11 +71,15 @@ def variants(chain: Chain) -> dict[str, Chain]:
     }
 
 
-def variant_rows(chain: Chain) -> Rows:
-    """CA and ASR of both tasks, always with the profile's evaluation images and full class list."""
+def variant_rows(chain: Chain, among: Collection[str] = VARIANTS) -> Rows:
+    """CA and ASR of both tasks, always with the profile's evaluation images and full class list.
+
+    Of the variants ``among`` those that the data have.
+    """
     rows: Rows = []
     attack = chain.settings.generalization.attack
-    for (variant, other), seed in itertools.product(variants(chain).items(), chain.settings.seeds):
+    chosen = [item for item in variants(chain).items() if item[0] in among]
+    for (variant, other), seed in itertools.product(chosen, chain.settings.seeds):
         suspect = steps.poisoned(chain, attack, seed)
         model = defenses.defended(other, "invertune", attack, seed)
         before = rates(evaluated(chain, suspect, suspect.trigger, suspect.key, seed))

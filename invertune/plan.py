@@ -53,6 +53,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overrides", metavar="YAML", help="nested settings as YAML")
 
 
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """The option of what can compute several artifacts at once."""
+    about = "processes at once (default: one a core, as far as memory is free; one on a GPU)"
+    parser.add_argument("--jobs", metavar="N", type=_count, help=about)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
+    return int(text)
+
+
 def overrides_of(options: argparse.Namespace) -> dict[str, Any]:
     """The nested overrides that ``--overrides`` and ``--seeds`` name (``SettingsError``)."""
     overrides = mapping_of(options.overrides)
@@ -181,14 +193,11 @@ def _passes(section: Any) -> int:
 
 def report(settings: Settings, held: Sequence[str], only: str | None = None) -> str:
     """The plan as text. ``held`` names the step of every artifact in the store."""
-    size = settings.data.image_size_px
-    measured: list[dict[str, Any]] = json.loads(RATES.read_text())
-    rates = next((r for r in measured if r["image_size_px"] == size), {})
-    speeds, peaks = (rates.get(k, {}) for k in ("images_per_second", "peak_mb"))
+    size, rates = settings.data.image_size_px, _measured(settings)
+    speeds, peak = rates.get("images_per_second", {}), peak_mb(settings, only)
     chosen = [w for w in planned(settings) if w.notebook.startswith(only or "")]
     minutes = [w.total / speeds.get(w.rate, math.nan) / 60 for w in chosen]
-    known = chosen and all(w.rate in peaks for w in chosen)
-    memory = f"{max(peaks[w.rate] for w in chosen):,} MB" if known else "not measured yet"
+    memory = "not measured yet" if peak is None else f"{peak:,} MB"
     steps = ", ".join(f"{n} {step}" for step, n in sorted(Counter(held).items())) or "nothing"
     return "\n".join(
         [
@@ -209,6 +218,19 @@ def report(settings: Settings, held: Sequence[str], only: str | None = None) -> 
             "found in 0 s and not computed again",
         ]
     )
+
+
+def _measured(settings: Settings) -> dict[str, Any]:
+    """The rates measured at the settings' image size; empty where there are none."""
+    measured: list[dict[str, Any]] = json.loads(RATES.read_text())
+    return next((r for r in measured if r["image_size_px"] == settings.data.image_size_px), {})
+
+
+def peak_mb(settings: Settings, only: str | None = None) -> int | None:
+    """The highest peak memory of a process among the planned steps; None: not measured."""
+    peaks = _measured(settings).get("peak_mb", {})
+    rates = {w.rate for w in planned(settings) if w.notebook.startswith(only or "")}
+    return max(peaks[r] for r in rates) if rates and rates <= set(peaks) else None
 
 
 def _text(minutes: float) -> str:

@@ -148,11 +148,12 @@ def obtain(
         with _locked(entry, name):
             if not _found(entry):
                 _clear(entry, name)
-                if together and (count := distributed.processes()) > 1:
-                    device = f"{count} x {device}"
-                    distributed.from_first(True)
                 identity = {**dict(zip(IDENTITY, parts, strict=True)), "seed": seed}
-                _make(entry, name, compute, identity, device)
+                with contextlib.nullcontext() if together else distributed.alone():
+                    if (count := distributed.processes()) > 1:
+                        device = f"{count} x {device}"
+                        distributed.from_first(True)
+                    _make(entry, name, compute, identity, device)
                 entry = replace(entry, computed=True)
     if distributed.first():
         distributed.from_first(False)  # it is there: the others need not wait any more

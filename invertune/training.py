@@ -33,6 +33,10 @@ class TrainingError(RuntimeError):
     """Training that cannot go on, with the step and the setting to look at."""
 
 
+class BatchError(ValueError):
+    """A data set smaller than a batch, with both sizes."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to optimize: ``steps`` updates at peak rate ``lr`` after ``warmup`` steps.
@@ -173,13 +177,17 @@ def generator(*numbers: int) -> torch.Generator:
 def batch_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
     """Indices [batch] of the 0-based ``step``: a new permutation per epoch, last part dropped.
 
-    Raises ``ValueError`` where the data set is smaller than a batch.
+    Raises ``BatchError`` where the data set is smaller than a batch.
     """
-    if count < batch:
-        raise ValueError(f"the data set has {count} items, fewer than one batch of {batch}")
+    _check_batch(count, batch)
     per_epoch = count // batch
     start = step % per_epoch * batch
     return _order(count, seed, step // per_epoch)[start : start + batch]
+
+
+def _check_batch(count: int, batch: int) -> None:
+    if count < batch:
+        raise BatchError(f"the data set has {count} items, fewer than one batch of {batch}")
 
 
 def block_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
@@ -187,7 +195,9 @@ def block_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
 
     Scenes cycle through the classes, so a run repeats no class (up to their number): captions of
     one batch then rarely fit another image, as among the far more varied captions of web data.
+    Raises ``BatchError`` where the data set is smaller than a batch.
     """
+    _check_batch(count, batch)
     first = batch_indices(count // batch, 1, seed, step) * batch
     return first + torch.arange(batch)
 

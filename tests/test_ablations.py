@@ -121,7 +121,7 @@ def test_scores_are_the_evaluations_of_the_main_chain(chain: Chain) -> None:
 
 
 def test_table3_compares_the_triggers_at_every_k(chain: Chain) -> None:
-    rows = to_frame(ablations.table3_rows(chain))
+    rows = to_frame(ablations.table3_rows(chain, chain.settings.ablations.perturbation_attacks))
     assert len(rows) == 3 * 2 * 4
     assert set(rows.variant) == {f"trigger={name}" for name in ("inverted", "uap", "both")}
     alone = with_value(chain, "tuning", "triggers", ("inverted",))

@@ -29,7 +29,11 @@ RECIPE = Recipe(4, 0.01, warmup=2)
 FILL = """
 attacks: {names: [badencoder], badencoder: {steps: 3, batch: 8, lr: 0.00001}}
 baselines: {names: [par], pairs: 42, par: {steps: 3, batch: 8, lrs: [0.00001]}}
-data: {poisoning_pairs: 210, heldout_images: 42}
+data: {poisoning_pairs: 210, heldout_images: 42, evaluation_images: 42, retrieval_images: 20}
+identification: {kinds: [patch_feature], steps: 1, check_steps: 1}
+inversion: {steps: 2, measure_every_steps: 2}
+tuning: {steps: 2, measure_every_steps: 2}
+rebound: {attacks: []}
 """
 
 
@@ -139,9 +143,9 @@ def test_fill_leaves_the_artifacts_that_one_process_looks_for(ended, monkeypatch
     one, two = entries(tmp_path), entries(out / "store")
     assert [a.key for a in one] == [a.key for a in two]
     assert printed.count("stored (") == len(two)  # by the first process alone
-    trained = [both for both in zip(one, two, strict=True) if "log" in both[0].metrics]
-    assert len(trained) == 2  # the others are images
-    for own, other in trained:
+    together = [(a, b) for a, b in zip(one, two, strict=True) if "2 x" in b.meta["device"]]
+    assert sorted(a.meta["step"] for a, _ in together) == ["attack", "baseline"]
+    for own, other in together:
         assert other.meta["device"] == f"2 x {own.meta['device']}"
         assert own.metrics["log"][-1] == pytest.approx(other.metrics["log"][-1], abs=1e-4)
         mine, theirs = own.tensors("weights"), other.tensors("weights")

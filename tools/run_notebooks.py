@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None, root: Path = REPOSITORY) -> int:
     """
     parser = argparse.ArgumentParser(prog="./run_all.sh", usage="see ./run_all.sh --help")
     plan.add_options(parser)
+    plan.add_jobs(parser)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(arguments)
     try:
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None, root: Path = REPOSITORY) -> int:
         settings = load_settings(options.profile, overrides)
         notebooks = _chosen(root / "notebooks", options.only)
         with _only_run(root / "results" / settings.profile):
-            run_all(notebooks, settings, overrides, root)
+            run_all(notebooks, settings, overrides, root, options.jobs)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
@@ -93,9 +94,16 @@ def _only_run(results: Path) -> Iterator[None]:
 
 
 def run_all(
-    notebooks: list[Path], settings: Settings, overrides: dict[str, Any], root: Path
+    notebooks: list[Path],
+    settings: Settings,
+    overrides: dict[str, Any],
+    root: Path,
+    jobs: int | None = None,
 ) -> None:
-    """Runs each notebook that is not finished; raises ``NotebookError`` at the first failure."""
+    """Runs each notebook that is not finished; raises ``NotebookError`` at the first failure.
+
+    What it looks for in the store is made before, by as many processes as ``jobs`` says.
+    """
     if settings.data.source == "pictograms" and settings.weights == "embedded":
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when a kernel imports huggingface_hub
     if not sys.stderr.isatty():
@@ -111,9 +119,22 @@ def run_all(
         print(f"{notebook.stem}: running", flush=True)
         stamp.unlink(missing_ok=True)
         start = time.perf_counter()
+        _fill(notebook.stem, settings, overrides, jobs)
         execute(notebook, output, {"profile": settings.profile, "overrides": overrides}, root)
         _replace(stamp, json.dumps({"inputs": inputs, **_left(settings.profile, root, store)}))
         print(f"{notebook.stem}: done in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _fill(notebook: str, settings: Settings, overrides: dict[str, Any], count: int | None) -> None:
+    """Makes what the notebook looks for in the store; of one process the notebook is as good."""
+    from invertune import jobs  # imports torch, which finished notebooks need not wait for
+
+    try:
+        count = count or jobs.default_count(settings)
+        if count > 1:
+            jobs.fill(settings.profile, overrides, notebook, count)
+    except Exception as error:
+        raise NotebookError(f"{notebook}: {explain(error)}") from None
 
 
 def execute(notebook: Path, output: Path, parameters: dict[str, Any], root: Path) -> None:

@@ -1,0 +1,157 @@
+"""What fills the store for a notebook, as calls that can run several at once.
+
+The notebook then finds everything. The small networks of smoke and mini do not keep two threads
+busy: two processes of one thread each get through more of them (benchmarks/README.md).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import psutil
+import torch
+
+from invertune import ablations, defenses, generalization, passing_claims, plan, reports, steps
+from invertune.chain import Chain, open_chain
+from invertune.decoding import cores
+from invertune.sections import INVERSION_SWITCHES, NULLS, TUNING_SWITCHES, WEIGHTS, Settings
+from invertune.settings import load_settings, other_models, suspects
+from invertune.training import progress
+
+Call = tuple[Callable[..., object], tuple[Any, ...]]  # a function of (chain, *arguments)
+
+
+class JobError(RuntimeError):
+    """A job that ended without an answer; says what to change."""
+
+
+def calls(settings: Settings) -> dict[str, list[Call]]:
+    """Per notebook what makes all that it looks for in the store, if called in this order.
+
+    Calls that need one artifact stand far apart, so that few wait for each other.
+    """
+    attacked, models = suspects(settings), suspects(settings, nulls=True)
+    again = suspects(settings, among=settings.rebound.attacks)
+    names = settings.baselines.names
+    tuned: list[Call] = [(steps.tuned, model) for model in attacked]
+    return {
+        "01_attacks": [
+            *((steps.attacked, ("clean_finetuned", seed)) for seed in settings.seeds),
+            *((reports.undefended_rows, model) for model in attacked),
+        ],
+        "02_target_identification": [(steps.identified, model) for model in models],
+        "03_trigger_inversion": [(steps.inverted, model) for model in models],
+        "04_activation_tuning": [(reports.defense_rows, ("invertune", *m)) for m in attacked],
+        "05_baselines": [
+            *tuned,
+            *((reports.defense_rows, (name, *m)) for name in names for m in attacked),
+            *((defenses.rebounded, (n, *m)) for n in (*names, "invertune") for m in again),
+        ],
+        "06_generalization": [*tuned, *_generalization(settings)],
+        "07_ablations": [*tuned, *_ablations(settings)],
+    }
+
+
+def _generalization(settings: Settings) -> list[Call]:
+    own, seeds = settings.generalization, settings.seeds
+    cases = [(item, name) for item, _, name in other_models(settings)]
+    defended = ("none", "invertune", *own.baselines)
+    return [
+        *((steps.identified, (null, seed)) for null in NULLS for seed in seeds),
+        *((defenses.baseline, (d, own.attack, seed)) for d in own.baselines for seed in seeds),
+        *((passing_claims.variant_rows, ((name,),)) for name in passing_claims.VARIANTS),
+        *(
+            (generalization.fill, (*case, defense, seed))
+            for defense, case, seed in itertools.product(defended, cases, seeds)
+        ),
+    ]
+
+
+def _ablations(settings: Settings) -> list[Call]:
+    own = settings.ablations
+    inversion, tuning = ablations.inversion_rows, ablations.tuning_rows
+    grid = [
+        (inversion, own.weight_attacks, WEIGHTS, "table2"),
+        (tuning, own.beta_attacks, ("beta",), "figure6"),
+        (inversion, own.switch_attacks, INVERSION_SWITCHES, "extra"),
+        (tuning, own.switch_attacks, TUNING_SWITCHES, "extra"),
+    ]
+    return [
+        *((steps.identified, (null, seed)) for null in NULLS for seed in settings.seeds),
+        *((ablations.table3_rows, ((attack,),)) for attack in own.perturbation_attacks),
+        *(
+            (rows, ((attack,), (name,), item))
+            for rows, attacks, names, item in grid
+            for name, attack in itertools.product(names, attacks)
+        ),
+    ]
+
+
+def default_count(settings: Settings) -> int:
+    """How many jobs to run at once: one a core, as far as memory is free; one on a GPU."""
+    peak = plan.peak_mb(settings)
+    if peak is None or (settings.device != "cpu" and torch.cuda.is_available()):
+        return 1
+    return max(1, min(cores(), int(psutil.virtual_memory().available / 1e6 / peak)))
+
+
+def fill(profile: str, overrides: Mapping[str, Any], notebook: str, count: int) -> None:
+    """Makes what ``notebook`` will look for in the store, in ``count`` processes.
+
+    They share the threads that one would have, and end with this process, however it ends.
+    Raises the first error of a call, or ``JobError`` where a process died.
+    """
+    given = json.dumps(overrides)
+    todo = calls(load_settings(profile, overrides)).get(notebook, [])
+    if count == 1:
+        for place in range(len(todo)):
+            _run(profile, given, notebook, place)
+        return
+    threads = max(1, torch.get_num_threads() // count)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, spawn, _start, (threads,)) as pool:
+        made = [pool.submit(_run, profile, given, notebook, place) for place in range(len(todo))]
+        try:
+            for done in progress(as_completed(made), notebook, total=len(made)):
+                done.result()
+        except BrokenProcessPool:
+            raise JobError(
+                f"{notebook}: a process died, most likely for lack of memory; run again with fewer "
+                f"(--jobs {max(1, count // 2)}) to go on where it was"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start(threads: int) -> None:
+    """In each process, before its first call."""
+    torch.set_num_threads(threads)
+    os.environ["INVERTUNE_PROGRESS"] = "0"  # bars of several processes would mix
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(profile: str, overrides: str) -> Chain:
+    return open_chain(load_settings(profile, json.loads(overrides)))
+
+
+def _run(profile: str, overrides: str, notebook: str, place: int) -> None:
+    chain = _opened(profile, overrides)
+    function, arguments = calls(chain.settings)[notebook][place]
+    function(chain, *arguments)

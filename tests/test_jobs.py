@@ -1,0 +1,141 @@
+"""Filling the store in several processes: what they make, and how they end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from invertune import ablations, comparison, generalization, jobs, passing_claims, reports
+from invertune import data as datasets
+from invertune.__main__ import main
+from invertune.chain import open_chain
+from invertune.plan import planned
+from invertune.sections import WEIGHTS
+from invertune.settings import load_settings
+from invertune.store import entries
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = {
+    "data": {"poisoning_pairs": 210, "evaluation_images": 210, "retrieval_images": 20},
+    "attacks": {"names": ["badclip"], "badclip": {"steps": 2, "patch_steps": 2}},
+    "identification": {"kinds": ["patch_feature"], "steps": 1, "check_steps": 1},
+    "inversion": {"steps": 2, "measure_every_steps": 2},
+    "tuning": {"steps": 2, "measure_every_steps": 2},
+    "baselines": {"ft": {"steps": 1, "lrs": [0.002, 0.001]}},
+    "rebound": {"steps": 2, "attacks": ["badclip"]},
+    "generalization": {"backbones": ["RN101"], "baseline_lrs": 1},
+    "ablations": {"weight_attacks": ["badclip"], "perturbation_attacks": ["badclip"]},
+}
+ONE_ATTACK = {
+    "data": {"poisoning_pairs": 210, "evaluation_images": 42, "retrieval_images": 20},
+    "attacks": {
+        "names": ["badnet", "blended"],
+        "badnet": {"steps": 2, "batch": 8},
+        "blended": {"steps": 2, "batch": 8},
+    },
+}
+
+
+def rows_of(notebook: str, chain: object) -> None:
+    """What the notebook's own cells compute."""
+    own = chain.settings.ablations
+    {
+        "01_attacks": lambda: reports.attack_rows(chain),
+        "02_target_identification": lambda: reports.identification_rows(chain),
+        "03_trigger_inversion": lambda: reports.inversion_rows(chain),
+        "04_activation_tuning": lambda: reports.tuning_rows(chain),
+        "05_baselines": lambda: (comparison.comparison_rows(chain), comparison.rebound_rows(chain)),
+        "06_generalization": lambda: (
+            generalization.generalization_rows(chain),
+            passing_claims.passing_rows(chain),
+        ),
+        "07_ablations": lambda: (
+            ablations.inversion_rows(chain, own.weight_attacks, WEIGHTS, "table2"),
+            ablations.table3_rows(chain, own.perturbation_attacks),
+            ablations.tuning_rows(chain, own.beta_attacks, ["beta"], "figure6"),
+        ),
+    }[notebook]()
+
+
+def test_a_notebook_computes_nothing_but_evaluations_after_its_calls(tmp_path, monkeypatch):
+    (tmp_path / "templates.json").write_text('["a picture of {}"]')
+    monkeypatch.setattr(datasets, "TEMPLATES", tmp_path / "templates.json")
+    chain = open_chain(load_settings("smoke", QUICK), tmp_path / "store")
+    found = jobs.calls(chain.settings)
+    assert list(found) == sorted({work.notebook for work in planned(chain.settings)})
+    for notebook, calls in found.items():
+        for function, arguments in calls:
+            function(chain, *arguments)
+        before = {a.key for a in entries(chain.store)}
+        rows_of(notebook, chain)
+        made = {a.meta["step"] for a in entries(chain.store) if a.key not in before}
+        assert made <= {"evaluation", "scores"}, notebook
+
+
+def fill(store: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "invertune", "fill", "smoke", *arguments]
+    more = {"INVERTUNE_STORE": str(store), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        env={**os.environ, **more},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_leave_what_one_leaves(tmp_path, monkeypatch):
+    arguments = ("--only", "01", "--overrides", str(ONE_ATTACK))
+    two = fill(tmp_path / "two", *arguments, "--jobs", "2")
+    _, errors = two.communicate()
+    assert two.returncode == 0, errors
+    monkeypatch.setenv("INVERTUNE_STORE", str(tmp_path / "one"))
+    assert main(["fill", "smoke", *arguments, "--jobs", "1"]) == 0
+    one, other = ({a.key: a for a in entries(tmp_path / name)} for name in ("one", "two"))
+    assert one.keys() == other.keys() and len(one) > 3
+    for key, artifact in one.items():
+        assert artifact.metrics == other[key].metrics  # one thread each, here as there
+
+
+def test_the_processes_end_with_the_one_that_started_them(tmp_path):
+    started = fill(tmp_path, "--only", "01", "--jobs", "2")
+    running, deadline = [], time.monotonic() + 120
+    while len(running) < 3:  # two and what tracks their resources
+        assert time.monotonic() < deadline and started.poll() is None
+        running = psutil.Process(started.pid).children()
+        time.sleep(0.05)
+    started.kill()
+    started.communicate()
+    _, alive = psutil.wait_procs(running, timeout=120)
+    assert not alive
+
+
+def test_an_error_in_a_process_is_one_line(tmp_path):
+    wrong = "{data: {poisoning_pairs: 210}, attacks: {names: [badnet], badnet: {batch: 999}}}"
+    failed = fill(tmp_path, "--only", "01", "--jobs", "2", "--overrides", wrong)
+    _, errors = failed.communicate()
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert (
+        failed.returncode == 2
+        and len(lines) == 1
+        and "210 items, fewer than one batch of 999" in lines[0]
+    ), errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--jobs", "0"), "'0' is no whole number from 1 up"),
+        (("--only", "99"), "no notebook starts with '99'"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, words, capsys):
+    with pytest.raises(SystemExit) if "--jobs" in arguments else pytest.MonkeyPatch.context():
+        assert main(["fill", "smoke", *arguments]) == 2
+    assert words in capsys.readouterr().err
