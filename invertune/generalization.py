@@ -140,15 +140,12 @@ def case_rows(case: Case, main: Chain) -> Rows:
 
 
 def _found_rows(chain: Chain, attack: str, seed: int) -> Rows:
-    """The true target's rank, and whether the last layer (of however many) is critical."""
+    """The candidates of step 1, and whether the last layer (of however many) is critical."""
     found, tuned = (step(chain, attack, seed) for step in (steps.identified, steps.tuned))
-    ranking = found.metrics["ranking"]
-    known = chain.target in ranking
-    rank = ranking.index(chain.target) + 1 if known else len(class_list(chain))
     base = shared_columns(chain, attack, seed, found.key, task="zeroshot")
     last = int(_in_depth(tuned.metrics["impacts"])[-1] in tuned.metrics["layers"])
     layer = shared_columns(chain, attack, seed, tuned.key, variant={"layer": "last"})
-    return [metric_row(base, "target_rank", rank), metric_row(layer, "layer_selected", last)]
+    return [*reports.candidate_rows(chain, found, base), metric_row(layer, "layer_selected", last)]
 
 
 def _in_depth(layers: Iterable[str]) -> list[str]:

@@ -23,6 +23,7 @@ from invertune.evaluation import evaluated
 from invertune.generalization import Rows, changed
 from invertune.reports import (
     TASKS,
+    candidate_rows,
     defense_rows,
     grid,
     increases,
@@ -90,6 +91,8 @@ def variant_rows(chain: Chain, among: Collection[str] = VARIANTS) -> Rows:
             ca, asr = (rates(done)[f"{task}.{metric}.{k}"] for metric in ("ca", "asr"))
             rows += [metric_row(at, "ca", ca), metric_row(at, "asr", asr)]
             rows.append(metric_row(at, "ca_loss", before[f"{task}.ca.{k}"].value - ca.value))
+        found = candidate_rows(other, steps.identified(other, attack, seed), base)
+        rows += [{**r, "variant": f"{variant};{r['variant']}".strip(";")} for r in found]
         if other.defender.lacks:
             rank = similarity_rank(chain, named(other, attack, seed))
             rows.append(metric_row(base, "similarity_rank", rank, task="zeroshot"))

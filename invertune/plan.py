@@ -142,7 +142,7 @@ def _generalization(settings: Settings) -> list[Work]:
         work.append(Work(notebook, "badclip patch", models, _patch_passes(attack), "badclip_patch"))
     rates = {"perturbations": "identification", "tuning": "tuning"}
     for step, exposures in invertune_passes(settings).items():
-        runs = models + 3 * seeds  # few images, another style, target not in the class list
+        runs = models + seeds * (3 if settings.data.source == "pictograms" else 2)  # variants
         work.append(Work(notebook, step, runs, exposures, rates.get(step, "inversion")))
     for name in own.baselines:
         section = getattr(settings.baselines, name)
@@ -191,13 +191,16 @@ def _passes(section: Any) -> int:
     return int(section.steps) * int(section.batch)
 
 
-def report(settings: Settings, held: Sequence[str], only: str | None = None) -> str:
-    """The plan as text. ``held`` names the step of every artifact in the store."""
+def report(settings: Settings, held: Sequence[str], jobs: int, only: str | None = None) -> str:
+    """The plan as text. ``held`` names the step of every artifact in the store.
+
+    Minutes are those of ``jobs`` processes at the measured rate of one.
+    """
     size, rates = settings.data.image_size_px, _measured(settings)
     speeds, peak = rates.get("images_per_second", {}), peak_mb(settings, only)
     chosen = [w for w in planned(settings) if w.notebook.startswith(only or "")]
-    minutes = [w.total / speeds.get(w.rate, math.nan) / 60 for w in chosen]
-    memory = "not measured yet" if peak is None else f"{peak:,} MB"
+    minutes = [w.total / speeds.get(w.rate, math.nan) / 60 / jobs for w in chosen]
+    memory = "not measured yet" if peak is None else f"{jobs * peak:,} MB"
     steps = ", ".join(f"{n} {step}" for step, n in sorted(Counter(held).items())) or "nothing"
     return "\n".join(
         [
@@ -211,8 +214,8 @@ def report(settings: Settings, held: Sequence[str], only: str | None = None) -> 
             ),
             f"{'total':47}{sum(w.total for w in chosen):13,}{_text(sum(minutes)):>14}",
             "",
-            f"memory: {memory}",
-            f"rates measured on: {rates.get('device', f'nothing yet at {size} px')}",
+            f"jobs at once: {jobs}; memory of all: {memory}",
+            f"rates of one measured on: {rates.get('device', f'nothing yet at {size} px')}",
             "baselines are counted with every rate; a run stops at the first that qualifies",
             f"the store holds: {steps}; what it holds for these settings is "
             "found in 0 s and not computed again",
@@ -240,8 +243,10 @@ def _text(minutes: float) -> str:
 def show(options: argparse.Namespace) -> int:
     """Prints the plan for parsed options; computes nothing."""
     settings = load_settings(options.profile, overrides_of(options))
-    from invertune import store  # imports torch, which a wrong option should not wait for
+    from invertune import jobs, store  # import torch, which a wrong option should not wait for
 
+    count = options.jobs or jobs.default_count(settings)
     sound = [a for a in store.entries(store.default_root()) if (a.folder / store.META).is_file()]
-    print(report(settings, [a.meta.get("step", "unknown") for a in sound], options.only))
+    held = [artifact.meta.get("step", "unknown") for artifact in sound]
+    print(report(settings, held, count, options.only))
     return 0

@@ -17,7 +17,7 @@ import torch
 
 from invertune import data as datasets
 from invertune import defenses, steps, tables, target_identification, triggers
-from invertune.chain import Chain, pretrained
+from invertune.chain import Chain, class_list, pretrained
 from invertune.evaluation import evaluated
 from invertune.metrics import Rate
 from invertune.provenance import REPOSITORY
@@ -157,14 +157,24 @@ def identification_rows(chain: Chain) -> list[dict[str, str]]:
     for attack, seed in grid(chain, nulls=True):
         done = steps.identified(chain, attack, seed)
         base = shared_columns(chain, attack, seed, done.key, task="zeroshot")
-        ranking = done.metrics["ranking"]
-        rank = ranking.index(chain.target) + 1 if chain.target in ranking else len(names)
-        rows.append(metric_row(base, "target_rank", rank))
-        for place, (label, score) in enumerate(zip(ranking, done.metrics["scores"], strict=True)):
-            size = full_mask(chain) if score is None else score
-            variant = {"candidate": place + 1, "class": names[label]}
-            rows.append(metric_row(base, "mask_l1", size, variant=variant))
+        rows += candidate_rows(chain, done, base)
         rows += _increase_rows(increases(done), names, IDENTIFICATION_TABLES.get(attack), base)
+    return rows
+
+
+def candidate_rows(chain: Chain, done: Artifact, base: dict[str, Any]) -> list[dict[str, str]]:
+    """The true target's rank in step 1's artifact, and every candidate with its mask size.
+
+    A target that is no candidate has the last rank.
+    """
+    ranking, names = done.metrics["ranking"], class_list(chain)
+    known = names.index(chain.settings.target) if chain.settings.target in names else None
+    rank = ranking.index(known) + 1 if known in ranking else len(names)
+    rows = [metric_row(base, "target_rank", rank)]
+    for place, (label, score) in enumerate(zip(ranking, done.metrics["scores"], strict=True)):
+        size = full_mask(chain) if score is None else score
+        variant = {"candidate": place + 1, "class": names[label]}
+        rows.append(metric_row(base, "mask_l1", size, variant=variant))
     return rows
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from invertune import chain as chains
-from invertune import comparison, defenses, reports, steps
+from invertune import comparison, defenses, generalization, passing_claims, reports, steps
 from invertune import data as datasets
 from invertune.evaluation import RECALL_KS
 from invertune.models import load_embedded, locked_hash
 from invertune.provenance import REPOSITORY
+from invertune.sections import BACKBONES
 from invertune.settings import load_settings
 from invertune.store import artifact_key
 
@@ -35,18 +36,14 @@ def published() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def found_targets(rows: list[dict[str, str]]) -> dict[tuple[str, int], str]:
-    """What step 1 named on each model: the one result that later keys depend on."""
+def found_targets(rows: list[dict[str, str]]) -> dict[str, str]:
+    """What step 1 named, by its artifact's key: the one result that most later keys depend on."""
     first = "candidate=1;class="
-    return {
-        (r["attack"], int(r["seed"])): r["variant"].removeprefix(first)
-        for r in rows
-        if r["metric"] == "mask_l1" and r["variant"].startswith(first)
-    }
+    return {r["key"]: r["variant"].split(first)[1] for r in rows if first in r["variant"]}
 
 
-def results_of(step: str, label: int, classes: int) -> dict[str, Any]:
-    """The numbers that the rows read from an artifact of ``step``; all but ``label`` made up."""
+def results_of(step: str, label: int, classes: int, lr: float) -> dict[str, Any]:
+    """The numbers that the rows read from an artifact of ``step``; all but two made up."""
     counts = [int(i == label) for i in range(classes)]
     return {
         "identification": {
@@ -59,35 +56,40 @@ def results_of(step: str, label: int, classes: int) -> dict[str, Any]:
             **dict.fromkeys(("mean", "std", "threshold"), 1.0),
             **{"impacts": {LAYER: 1.0}, "layers": [LAYER], "neurons": {LAYER: 1}},
         },
-        "baseline": {"images_seen": 1},
+        "baseline": {"images_seen": 1, "lr": lr},
         "evaluation": {name: [50.0, 1, 0.0, 100.0] for name in RATE_NAMES},
     }.get(step, {})
 
 
 def named_keys(
-    seeds: list[int], targets: dict[tuple[str, int], str], store: Path, patch: pytest.MonkeyPatch
+    seeds: list[int], targets: dict[str, str], place: int, store: Path, patch: pytest.MonkeyPatch
 ) -> set[str]:
-    """Keys of all rows of notebooks 01 to 05, by the real steps, with nothing computed."""
+    """Keys of all rows of notebooks 01 to 06, by the real steps, with nothing computed.
+
+    Every baseline is taken to have chosen the rate at ``place`` (0: the largest) of its grid.
+    """
     chain = chains.open_chain(load_settings("mini", {"seeds": seeds}), store)
     names = datasets.class_names(chain.settings.data)
-    clean = chains.Model(load_embedded("RN50"), str(locked_hash("RN50")), None)
+    clean = {b: chains.Model(load_embedded(b), str(locked_hash(b)), None) for b in BACKBONES}
 
-    def name_only(_root: Path, step: str, *given: Any, label: str, **_others: Any) -> Any:
-        *identity, _compute, seed = given
-        attack = label.split()[-3].rstrip(",") if step != "evaluation" else ""
-        target = names.index(targets.get((attack, seed), chain.settings.target))
+    def name_only(_root: Path, step: str, *given: Any, **_others: Any) -> Any:
+        *identity, _compute, _seed = given
+        key, settings = artifact_key(step, *identity), identity[1]
+        known = [n for n in names if n != settings.get("lacks")]
+        label = settings["target"] if step == "inversion" else known.index(targets.get(key, "ski"))
+        rates = sorted(settings.get("lrs", [0]), reverse=True)
         zeros = defaultdict(lambda: torch.zeros(3, 64, 64))
         return SimpleNamespace(
-            key=artifact_key(step, *identity),
-            metrics=results_of(step, target, len(names)),
+            key=key,
+            metrics=results_of(step, label, len(known), rates[: place + 1][-1]),
             tensors=lambda _name: zeros,
         )
 
     patch.setattr(chains, "obtain", name_only)
     for module in (steps, defenses):
         patch.setattr(module, "set_state", lambda *_: None)
-    for module in (steps, reports):
-        patch.setattr(module, "pretrained", lambda _chain: clean)
+    for module in (steps, reports, passing_claims):
+        patch.setattr(module, "pretrained", lambda c: clean[c.settings.backbone])
     makers = (
         reports.attack_rows,
         reports.identification_rows,
@@ -95,6 +97,8 @@ def named_keys(
         reports.tuning_rows,
         comparison.comparison_rows,
         comparison.rebound_rows,
+        generalization.generalization_rows,
+        passing_claims.passing_rows,
     )
     return {row["key"] for make in makers for row in make(chain)}
 
@@ -104,7 +108,9 @@ def stale(
 ) -> list[dict[str, str]]:
     """Published rows whose artifacts the code would now make under other keys."""
     seeds = sorted({int(r["seed"]) for r in rows})
-    valid = named_keys(seeds, found_targets(rows), store, patch)
+    targets, most = found_targets(rows), len(load_settings("mini").baselines.ft.lrs)
+    found = [named_keys(seeds, targets, i, store / str(i), patch) for i in range(most)]
+    valid = set().union(*found)
     return [r for r in rows if r["key"] not in valid]
 
 

@@ -240,6 +240,14 @@ def test_publish_takes_the_reported_seeds_of_mini_only(tmp_path):
     publish("mini", tmp_path)
     published = read_results(tmp_path / "expected" / "mini.csv")
     assert list(published.seed) == ["1", "2", "3"]
+    source.unlink()
+    again = [one(seed=2, value=50), one(seed=3, value=60, key="other"), one(seed=3, metric="ca")]
+    write_rows(again, source)
+    publish("mini", tmp_path)
+    published = read_results(tmp_path / "expected" / "mini.csv").sort_values(["metric", "seed"])
+    assert list(published.metric) == ["asr", "asr", "asr", "ca"]
+    # What was run once stays, unless it comes from another artifact.
+    assert list(published.value[:3]) == [87.73, 87.73, 60]
     with pytest.raises(ResultsError, match="only mini is published, not paper"):
         publish("paper", tmp_path)
 

@@ -54,7 +54,17 @@ def test_help_names_every_option_without_an_environment():
         text=True,
     )
     assert result.returncode == 0 and result.stderr == ""
-    for word in ("smoke", "mini", "paper", "--only", "--seeds", "--dry-run", "--overrides", "lab"):
+    for word in (
+        "smoke",
+        "mini",
+        "paper",
+        "--only",
+        "--seeds",
+        "--jobs",
+        "--dry-run",
+        "--overrides",
+        "lab",
+    ):
         assert word in result.stdout
 
 
@@ -92,7 +102,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     assert "seeds 1, 2" in result.stdout and "03_trigger_inversion" in result.stdout
     assert "204,800" in result.stdout  # 2 seeds x 8 models x 200 steps x 64 images
     assert "01_attacks" not in result.stdout and "minutes" in result.stdout
-    assert "memory:" in result.stdout and "the store holds: nothing" in result.stdout
+    assert "jobs at once: " in result.stdout and "the store holds: nothing" in result.stdout
     assert not (tmp_path / "store").exists()
 
 
