@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import finetuning, inversion, loader
+from benchmarks import finetuning, inversion, jobs, loader
 from benchmarks.timing import CLOCKS, Meter, Way, table
 from invertune import weights
 from invertune.models import BACKBONES, MODEL_FOLDER, Clip, build_clip
 
-TASKS = ("loader", "inversion", "finetuning", "evaluation")
+TASKS = ("loader", "inversion", "finetuning", "evaluation", "jobs")
 PRECISIONS = ("float32", "bfloat16")
 SIZES = (64, 224)
 
@@ -89,6 +89,9 @@ def measure(options: argparse.Namespace, meter: Meter, precision: str, shard: Pa
     if "evaluation" in chosen:
         whole = options.batch or 256
         show("evaluation", whole, finetuning.evaluation(clip, steps, whole))
+    if "jobs" in chosen and size == 64 and meter.device.type == "cpu" and meter.clock == "wall":
+        with jobs.ways(options.backbone, precision, steps, small) as ways:
+            show("fine-tuning in several processes", small, ways)
 
 
 if __name__ == "__main__":
