@@ -1,4 +1,4 @@
-"""Tests are quiet and use one small random CLIP where weights do not matter."""
+"""Tests are quiet; settings that several of them share."""
 
 import os
 
@@ -18,6 +18,17 @@ QUICK = {
     "identification": {"kinds": ["patch_feature"], "candidates": 1, "steps": 1, "batch": 8},
     "inversion": {"steps": 2, "measure_every_steps": 1, "batch": 8},
     "tuning": {"steps": 2, "measure_every_steps": 1, "images": 8, "batch": 8},
+}
+
+# The same for notebook 06, whose attack is BadCLIP.
+QUICK_CASES = {
+    "data": {"poisoning_pairs": 210, "evaluation_images": 210, "retrieval_images": 20},
+    "attacks": {"names": ["badclip"], "badclip": {"steps": 2, "patch_steps": 2}},
+    "identification": {"kinds": ["patch_feature"], "steps": 1, "check_steps": 1},
+    "inversion": {"steps": 2, "measure_every_steps": 2},
+    "tuning": {"steps": 2, "measure_every_steps": 2},
+    "baselines": {"ft": {"steps": 1, "lrs": [0.002, 0.001]}},
+    "generalization": {"backbones": ["RN101"], "baseline_lrs": 1},
 }
 
 

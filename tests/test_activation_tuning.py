@@ -8,39 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import pixels, tiny
 from torch import Tensor, nn
 
 from invertune.activation_tuning import State, Tuned, choose, diverse_indices, tune
 from invertune.activations import maps_from, prefix_to, rows_to_train, tail_from
 from invertune.losses import activation_loss, align_ratio_loss, preserve_feature_loss, preserve_loss
-from invertune.models import MODEL_FOLDER, Clip, build_clip, image_features
+from invertune.models import Clip, image_features
 from invertune.sections import Tuning
 from invertune.settings import load_settings
 from invertune.training import Recipe, fit
 from invertune.triggers import mask_trigger
 
 CLASSES, TARGET = 6, 5
-
-
-def tiny(backbone: str) -> Clip:
-    """A random CLIP whose residual branches are alive and whose BN statistics fit its inputs."""
-    torch.manual_seed(0)
-    clip = build_clip(MODEL_FOLDER / backbone, backbone)
-    for module in clip.net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-            module.momentum = 1.0
-    clip.net.train()
-    with torch.no_grad():
-        image_features(clip, pixels(8))
-    clip.net.eval()
-    return clip
-
-
-def pixels(count: int, seed: int = 0) -> Tensor:
-    """Random images [count, 3, 64, 64] of 8 by 8 colored squares."""
-    squares = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-    return nn.functional.interpolate(squares, scale_factor=8.0)
 
 
 def settings(**changes) -> Tuning:

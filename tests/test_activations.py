@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import pixels, tiny
 from torch import Tensor, nn
 
 from invertune.activations import (
@@ -25,43 +26,14 @@ from invertune.activations import (
     trainable_rows,
     unit_mask,
 )
-from invertune.models import (
-    BACKBONES,
-    MODEL_FOLDER,
-    Clip,
-    ModelError,
-    build_clip,
-    clone,
-    image_features,
-)
+from invertune.models import BACKBONES, Clip, ModelError, clone, image_features
 
 EXPECTED = Path(__file__).resolve().parent.parent / "expected" / "paper.csv"
-
-
-def tiny(backbone: str) -> Clip:
-    """A random CLIP whose residual branches are alive and whose BN statistics fit its inputs."""
-    torch.manual_seed(0)
-    clip = build_clip(MODEL_FOLDER / backbone, backbone)
-    for module in clip.net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-            module.momentum = 1.0
-    clip.net.train()
-    with torch.no_grad():
-        image_features(clip, pixels(8))
-    clip.net.eval()
-    return clip
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
 def clip(request) -> Clip:
     return tiny(request.param)
-
-
-def pixels(count: int, seed: int = 0) -> Tensor:
-    """Random images [count, 3, 64, 64] of 8 by 8 colored squares."""
-    squares = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-    return nn.functional.interpolate(squares, scale_factor=8.0)
 
 
 @pytest.mark.parametrize(("item", "backbone"), list(enumerate(BACKBONES, 12)))

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import QUICK_CASES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,16 +20,6 @@ from invertune.results import to_frame
 from invertune.settings import load_settings
 from invertune.sprites import load_sprites
 
-QUICK = {
-    "data": {"poisoning_pairs": 210, "evaluation_images": 210, "retrieval_images": 20},
-    "attacks": {"names": ["badclip"], "badclip": {"steps": 2, "patch_steps": 2}},
-    "identification": {"kinds": ["patch_feature"], "steps": 1, "check_steps": 1},
-    "inversion": {"steps": 2, "measure_every_steps": 2},
-    "tuning": {"steps": 2, "measure_every_steps": 2},
-    "baselines": {"ft": {"steps": 1, "lrs": [0.002, 0.001]}},
-    "generalization": {"backbones": ["RN101"], "baseline_lrs": 1},
-}
-
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
@@ -37,7 +28,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     (folder / "templates.json").write_text('["a picture of {}"]')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "TEMPLATES", folder / "templates.json")
-        yield open_chain(load_settings("smoke", QUICK), folder / "store")
+        yield open_chain(load_settings("smoke", QUICK_CASES), folder / "store")
 
 
 def test_a_case_shares_what_is_equal_and_nothing_else(chain: Chain) -> None:
@@ -79,7 +70,7 @@ def test_a_baselines_grid_begins_at_the_rate_of_table_1(chain: Chain) -> None:
     chosen = defenses.baseline(chain, "ft", "badclip", 0).metrics["lr"]
     lrs = generalization.with_rates(case, chain, 0).settings.baselines.ft.lrs
     assert lrs == (chosen,)
-    both = load_settings("smoke", {**QUICK, "generalization": {"baseline_lrs": 2}})
+    both = load_settings("smoke", {**QUICK_CASES, "generalization": {"baseline_lrs": 2}})
     whole = generalization.with_rates(case, Chain(both, chain.store), 0)
     assert whole.settings.baselines == chain.settings.baselines
 

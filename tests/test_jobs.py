@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import QUICK_CASES
 
 from invertune import ablations, comparison, generalization, jobs, passing_claims, reports
 from invertune import data as datasets
@@ -21,15 +22,8 @@ from invertune.settings import load_settings
 from invertune.store import entries
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = {
-    "data": {"poisoning_pairs": 210, "evaluation_images": 210, "retrieval_images": 20},
-    "attacks": {"names": ["badclip"], "badclip": {"steps": 2, "patch_steps": 2}},
-    "identification": {"kinds": ["patch_feature"], "steps": 1, "check_steps": 1},
-    "inversion": {"steps": 2, "measure_every_steps": 2},
-    "tuning": {"steps": 2, "measure_every_steps": 2},
-    "baselines": {"ft": {"steps": 1, "lrs": [0.002, 0.001]}},
+QUICK = QUICK_CASES | {
     "rebound": {"steps": 2, "attacks": ["badclip"]},
-    "generalization": {"backbones": ["RN101"], "baseline_lrs": 1},
     "ablations": {"weight_attacks": ["badclip"], "perturbation_attacks": ["badclip"]},
 }
 ONE_ATTACK = {

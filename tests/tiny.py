@@ -1,0 +1,27 @@
+"""A random CLIP of the embedded shapes and random images, where weights do not matter."""
+
+import torch
+from torch import Tensor, nn
+
+from invertune.models import MODEL_FOLDER, Clip, build_clip, image_features
+
+
+def tiny(backbone: str) -> Clip:
+    """A random CLIP whose residual branches are alive and whose BN statistics fit its inputs."""
+    torch.manual_seed(0)
+    clip = build_clip(MODEL_FOLDER / backbone, backbone)
+    for module in clip.net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            module.momentum = 1.0
+    clip.net.train()
+    with torch.no_grad():
+        image_features(clip, pixels(8))
+    clip.net.eval()
+    return clip
+
+
+def pixels(count: int, seed: int = 0) -> Tensor:
+    """Random images [count, 3, 64, 64] of 8 by 8 colored squares."""
+    squares = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return nn.functional.interpolate(squares, scale_factor=8.0)
