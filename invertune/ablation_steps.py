@@ -114,7 +114,8 @@ def scored(
         return {}, {"ca": _plain(ca), "asr": asr, "ssim": ssim}
 
     keyed = {"target": chain.settings.target, "images": chain.settings.data.evaluation_images}
-    return chain.run("scores", keyed, [model.key, source], compute, seed)
+    keys = [model.key, source]
+    return chain.run("scores", keyed, keys, compute, seed, f"of {model.name}")
 
 
 def _triggered(model: Model, images: Tensor, trigger: Trigger) -> tuple[Tensor, Tensor]:

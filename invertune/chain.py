@@ -41,11 +41,15 @@ class DeviceMemoryError(RuntimeError):
 
 @dataclass(frozen=True)
 class Model:
-    """A CLIP in the chain with its store key; ``trigger`` is known to the attacker only."""
+    """A CLIP in the chain with its store key; ``trigger`` is known to the attacker only.
+
+    ``name`` is for messages.
+    """
 
     clip: Clip
     key: str
     trigger: Trigger | None
+    name: str = "the clean model"
 
 
 @dataclass(frozen=True)

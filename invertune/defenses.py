@@ -7,6 +7,7 @@ any defended model -> rebounded
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def defended(chain: Chain, defense: str, attack: str, seed: int) -> Model:
     else:
         artifact = baseline(chain, defense, attack, seed)
     set_state(suspect.clip, artifact.tensors("weights"), defense)
-    return Model(suspect.clip, artifact.key, suspect.trigger)
+    return replace(suspect, key=artifact.key, name=f"{defense} on {attack}")
 
 
 @functools.lru_cache(maxsize=128)
@@ -108,4 +109,4 @@ def rebound_model(chain: Chain, defense: str, attack: str, seed: int) -> Model:
     model = defended(chain, defense, attack, seed)
     artifact = rebounded(chain, defense, attack, seed)
     set_state(model.clip, artifact.tensors("weights"), "rebound")
-    return Model(model.clip, artifact.key, model.trigger)
+    return replace(model, key=artifact.key, name=f"rebound of {model.name}")

@@ -44,7 +44,7 @@ def evaluated(
         "images": own.data.evaluation_images,
         "retrieval": own.data.retrieval_images,
     }
-    return chain.run("evaluation", keyed, [model.key], compute, seed)
+    return chain.run("evaluation", keyed, [model.key], compute, seed, f"of {model.name}")
 
 
 def clean_and_triggered(

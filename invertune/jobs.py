@@ -117,8 +117,9 @@ def fill(profile: str, overrides: Mapping[str, Any], notebook: str, count: int) 
             _run(profile, given, notebook, place)
         return
     threads = max(1, torch.get_num_threads() // count)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, spawn, _start, (threads,)) as pool:
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__])  # torch is imported once for all processes
+    with ProcessPoolExecutor(count, server, _start, (threads,)) as pool:
         made = [pool.submit(_run, profile, given, notebook, place) for place in range(len(todo))]
         try:
             for done in progress(as_completed(made), notebook, total=len(made)):

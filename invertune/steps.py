@@ -71,7 +71,7 @@ def poisoned(chain: Chain, attack: str, seed: int) -> Model:
         return model
     artifact = attacked(chain, attack, seed)
     set_state(model.clip, artifact.tensors("weights"), attack)
-    return Model(model.clip, artifact.key, planted_trigger(chain, attack, seed))
+    return Model(model.clip, artifact.key, planted_trigger(chain, attack, seed), attack)
 
 
 def planted_trigger(chain: Chain, attack: str, seed: int) -> Trigger | None:

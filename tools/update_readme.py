@@ -1,4 +1,4 @@
-"""Writes README's results tables from figures/mini/{invertune,defenses}.csv and expected/paper.csv.
+"""Writes README's results tables from figures/mini/*.csv and expected/paper.csv.
 
 python -m tools.update_readme [--check]; with --check nothing is written and a stale table fails.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from typing import get_args
 
 import pandas as pd
@@ -22,6 +23,10 @@ CAPTION = (
     "Means over the six attacks, a line per defense (notebook 05, **seed 0**, the development "
     "seed, by commit 7f66ed6, before the present version of the steps that train: the reported "
     "seeds have not been run yet):"
+)
+CASES_CAPTION = (
+    "Other targets (RN50-like) and other backbones (target mushroom) under BadCLIP: CA, ASR in "
+    "percent (notebook 06, seed 4):"
 )
 
 
@@ -41,6 +46,24 @@ def results_table(mini: pd.DataFrame, paper: pd.DataFrame) -> str:
 def defenses_table(defenses: pd.DataFrame) -> str:
     """Means over the six attacks, a line per defense; cells as they stand in the file."""
     return markdown(list(defenses.columns), defenses.values.tolist())
+
+
+def cases_table(item: pd.DataFrame, paper: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Table 4 or 5, "CA, ASR" per case (``column`` of paper.csv), the paper's line below ours."""
+    cases = list(dict.fromkeys(name.rsplit(" ", 1)[0] for name in item.columns[1:]))
+    lines = []
+    for _, own in item.iterrows():
+        known = paper[paper.defense.map(partial(label, "defense")) == own["defense"]]
+        rates = known.set_index([column, "metric"]).value
+        ours = {case: _pair(own[f"{case} CA"], own[f"{case} ASR"]) for case in cases}
+        theirs = {case: _pair(rates[case, "ca"], rates[case, "asr"]) for case in cases}
+        lines += [{"defense": own["defense"], "": "mini", **ours}]
+        lines += [{"defense": own["defense"], "": "paper", **theirs}]
+    return pd.DataFrame(lines)
+
+
+def _pair(ca: float, asr: float) -> str:
+    return f"{ca:.1f}, {asr:.1f}"
 
 
 def _ours(row: pd.Series, column: str) -> str:
@@ -63,6 +86,16 @@ def updated(readme: str) -> str:
     paper = read_results(REPOSITORY / "expected" / "paper.csv", "paper")
     head, rest = readme.split(START)
     found = f"{results_table(mini, paper)}\n{CAPTION}\n\n{defenses_table(defenses)}"
+    cases = [
+        cases_table(
+            pd.read_csv(REPOSITORY / "figures" / "mini" / f"{item}.csv"),
+            paper[paper.paper_item == item],
+            column,
+        )
+        for item, column in (("table4", "target"), ("table5", "backbone"))
+    ]
+    both = cases[0].merge(cases[1], on=["defense", ""])
+    found += f"\n{CASES_CAPTION}\n\n{defenses_table(both)}"
     return f"{head}{START}\n{found}\n{END}{rest.split(END)[1]}"
 
 
