@@ -18,7 +18,7 @@ from invertune.chain import Chain
 from invertune.evaluation import RECALL_KS
 from invertune.metrics import Rate
 from invertune.models import set_state
-from invertune.reports import full_mask, grid, increases, metric_row, shared_columns
+from invertune.reports import full_mask, grid, metric_row, shared_columns
 from invertune.results import variant_text
 from invertune.sections import NULLS, WEIGHTS
 from invertune.settings import compared
@@ -145,7 +145,7 @@ def perturbation_rows(chain: Chain) -> Rows:
     for attack, seed in grid(chain, nulls=True):
         done = steps.identified(chain, attack, seed)
         base = shared_columns(chain, attack, seed, done.key, task="zeroshot", k=1)
-        for kind, increase in increases(done).items():
+        for kind, increase in steps.increases(done).items():
             for label in dict.fromkeys((chain.target, int(increase.points.argmax()))):
                 count, n = int(increase.adversarial[label]), int(increase.adversarial.sum())
                 share = Rate(100 * count / n, n, *metrics.wilson_interval(count, n))
@@ -191,7 +191,7 @@ def perturbation_table(chain: Chain) -> pd.DataFrame:
     """Per model and kind (first seed): images driven to the target, and to the class that gains."""
     names, seed, lines = datasets.class_names(chain.settings.data), chain.settings.seeds[0], []
     for attack in (*NULLS, *chain.settings.attacks.names):
-        for kind, increase in increases(steps.identified(chain, attack, seed)).items():
+        for kind, increase in steps.increases(steps.identified(chain, attack, seed)).items():
             shares = 100 * increase.adversarial.double() / increase.adversarial.sum()
             top = int(increase.points.argmax())
             line: dict[str, Any] = {"attack": tables.label("attack", attack)}

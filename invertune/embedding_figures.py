@@ -27,7 +27,7 @@ from invertune.figures import AFTER, ATTACK_COLORS, COLUMN_IN, MARKED, PLAIN, ST
 from invertune.metrics import Rate
 from invertune.models import embed_images, to_pixels
 from invertune.perturbations import perturb
-from invertune.reports import grid, increases, metric_row, shared_columns
+from invertune.reports import grid, metric_row, shared_columns
 from invertune.target_identification import strongest
 
 CLASSES = 10  # the target and nine drawn by the data's seed, the same for every attack
@@ -87,7 +87,7 @@ def encoder_views(chain: Chain, attack: str, seed: int) -> dict[str, View]:
 def strongest_perturbation(chain: Chain, attack: str, seed: int) -> tuple[str, Tensor]:
     """Kind and tensor of step 1's perturbation that drives any class most (as in Tables 6-11)."""
     found = steps.identified(chain, attack, seed)
-    kind = strongest(increases(found))
+    kind = strongest(steps.increases(found))
     return kind, found.tensors("perturbations")[kind].to(chain.device)
 
 

@@ -16,7 +16,7 @@ from invertune import figures, image_figures, steps, tables, triggers
 from invertune.chain import Chain, Model, class_head
 from invertune.image_figures import Example
 from invertune.models import embed_images, to_pixels
-from invertune.reports import TASKS, increases, inverted_energy, largest_increases, own_rows
+from invertune.reports import TASKS, inverted_energy, largest_increases, own_rows
 from invertune.sections import NULLS
 from invertune.target_identification import ranked_increases
 
@@ -107,7 +107,7 @@ def ranking_table(chain: Chain) -> pd.DataFrame:
 def increase_table(chain: Chain, attack: str, count: int = 20) -> pd.DataFrame:
     """Tables 6-11 for one attack (first seed): the classes that gain most, per perturbation."""
     names = datasets.class_names(chain.settings.data)
-    found = increases(steps.identified(chain, attack, chain.settings.seeds[0]))
+    found = steps.increases(steps.identified(chain, attack, chain.settings.seeds[0]))
     lines = [
         {
             "perturbation": tables.label("perturbation", kind),

@@ -26,7 +26,6 @@ from invertune.reports import (
     candidate_rows,
     defense_rows,
     grid,
-    increases,
     mean,
     metric_row,
     rates,
@@ -130,7 +129,7 @@ def uniformity_rows(chain: Chain) -> Rows:
     rows: Rows = []
     for attack, seed in grid(chain, nulls=True):
         done = steps.identified(chain, attack, seed)
-        found = increases(done)
+        found = steps.increases(done)
         counts = {"none": next(iter(found.values())).clean}
         counts |= {kind: increase.adversarial for kind, increase in found.items()}
         base = shared_columns(chain, attack, seed, done.key, task="zeroshot")

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from invertune import data as datasets
 from invertune import defenses, steps, tables, target_identification, triggers
@@ -158,15 +157,14 @@ def identification_rows(chain: Chain) -> list[dict[str, str]]:
         done = steps.identified(chain, attack, seed)
         base = shared_columns(chain, attack, seed, done.key, task="zeroshot")
         rows += candidate_rows(chain, done, base)
-        rows += _increase_rows(increases(done), names, IDENTIFICATION_TABLES.get(attack), base)
+        rows += _increase_rows(
+            steps.increases(done), names, IDENTIFICATION_TABLES.get(attack), base
+        )
     return rows
 
 
 def candidate_rows(chain: Chain, done: Artifact, base: dict[str, Any]) -> list[dict[str, str]]:
-    """The true target's rank in step 1's artifact, and every candidate with its mask size.
-
-    A target that is no candidate has the last rank.
-    """
+    """The true target's rank (the last, where it is no candidate), and every candidate's mask."""
     ranking, names = done.metrics["ranking"], class_list(chain)
     known = names.index(chain.settings.target) if chain.settings.target in names else None
     rank = ranking.index(known) + 1 if known in ranking else len(names)
@@ -196,19 +194,10 @@ def _increase_rows(
     return rows
 
 
-def increases(artifact: Artifact) -> dict[str, Increase]:
-    """Predicted counts under each kind of perturbation, from step 1's artifact."""
-    return {
-        kind: Increase(torch.tensor(c["clean"]), torch.tensor(c["adversarial"]))
-        for kind, c in artifact.metrics["increases"].items()
-    }
-
-
 def largest_increases(chain: Chain, attack: str, seed: int) -> dict[str, float]:
     """Class name to its largest increase over the kinds of perturbation, in points."""
-    points = target_identification.largest_increases(
-        increases(steps.identified(chain, attack, seed))
-    )
+    found = steps.increases(steps.identified(chain, attack, seed))
+    points = target_identification.largest_increases(found)
     return dict(zip(datasets.class_names(chain.settings.data), points.tolist(), strict=True))
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from invertune import data as datasets
@@ -25,7 +26,7 @@ from invertune.models import embed_images, set_state
 from invertune.perturbations import as_trigger
 from invertune.sections import NULLS
 from invertune.store import Artifact
-from invertune.target_identification import identify
+from invertune.target_identification import Increase, identify
 from invertune.trigger_inversion import InvertedTrigger, Run, invert_triggers
 from invertune.triggers import Trigger
 
@@ -118,6 +119,14 @@ def identified(chain: Chain, attack: str, seed: int) -> Artifact:
         "heldout": own.data.heldout_images,
     }
     return chain.run("identification", keyed, [suspect.key], compute, seed, attack)
+
+
+def increases(artifact: Artifact) -> dict[str, Increase]:
+    """Predicted counts under each kind of perturbation, from step 1's artifact."""
+    return {
+        kind: Increase(torch.tensor(c["clean"]), torch.tensor(c["adversarial"]))
+        for kind, c in artifact.metrics["increases"].items()
+    }
 
 
 def _finite(value: float) -> float | None:
