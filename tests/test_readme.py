@@ -25,6 +25,12 @@ def test_every_link_leads_to_a_file(name: str, least: int) -> None:
     assert len(local) >= least and not [link for link in local if not (ROOT / link).exists()]
 
 
+def test_the_map_names_every_module() -> None:
+    page = (ROOT / "invertune" / "README.md").read_text()
+    modules = {path.stem for path in (ROOT / "invertune").glob("*.py")} - {"__init__"}
+    assert not [name for name in modules if f"`{name}`" not in page]
+
+
 def test_reproducing_names_every_claim_and_notebook() -> None:
     page = (ROOT / "REPRODUCING.md").read_text()
     groups = {f"`{claim.id.split('.')[0]}.*`" for claim in load_claims()}
