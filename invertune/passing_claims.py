@@ -90,8 +90,9 @@ def variant_rows(chain: Chain, among: Collection[str] = VARIANTS) -> Rows:
             ca, asr = (rates(done)[f"{task}.{metric}.{k}"] for metric in ("ca", "asr"))
             rows += [metric_row(at, "ca", ca), metric_row(at, "asr", asr)]
             rows.append(metric_row(at, "ca_loss", before[f"{task}.ca.{k}"].value - ca.value))
-        found = candidate_rows(other, steps.identified(other, attack, seed), base)
-        rows += [{**r, "variant": f"{variant};{r['variant']}".strip(";")} for r in found]
+        found = steps.identified(other, attack, seed)
+        candidates = candidate_rows(other, found, {**base, "key": found.key, "variant": ""})
+        rows += [{**r, "variant": f"{variant};{r['variant']}".strip(";")} for r in candidates]
         if other.defender.lacks:
             rank = similarity_rank(chain, named(other, attack, seed))
             rows.append(metric_row(base, "similarity_rank", rank, task="zeroshot"))
