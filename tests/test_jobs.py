@@ -84,13 +84,12 @@ def fill(store: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_two_processes_leave_what_one_leaves(tmp_path, monkeypatch):
-    arguments = ("--only", "01", "--overrides", str(ONE_ATTACK))
-    two = fill(tmp_path / "two", *arguments, "--jobs", "2")
-    _, errors = two.communicate()
-    assert two.returncode == 0, errors
-    monkeypatch.setenv("INVERTUNE_STORE", str(tmp_path / "one"))
-    assert main(["fill", "smoke", *arguments, "--jobs", "1"]) == 0
+def test_two_processes_leave_what_one_leaves(tmp_path):
+    for name, jobs_at_once in (("one", "1"), ("two", "2")):
+        arguments = ("--only", "01", "--overrides", str(ONE_ATTACK), "--jobs", jobs_at_once)
+        process = fill(tmp_path / name, *arguments)
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
     one, other = ({a.key: a for a in entries(tmp_path / name)} for name in ("one", "two"))
     assert one.keys() == other.keys() and len(one) > 3
     for key, artifact in one.items():
