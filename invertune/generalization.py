@@ -235,7 +235,8 @@ def asr_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     Bars are means, whiskers min and max over seeds.
     """
     first = Case("table1", f"{chain.settings.target}, {chain.settings.backbone}", changed(chain))
-    shown = [first, *shipped(chain)]
+    undefended = {"paper_item": first.item, "defense": "none", "metric": "asr"}
+    shown = [*([first] if _rate(results, first, **undefended) else []), *shipped(chain)]
     names = ("none", *chain.settings.generalization.defenses)
     figure, axes = canvas(1, 1, COLUMN_IN, 0.7 + 0.085 * len(shown) * (len(names) + 1))
     for i, defense in enumerate(names):

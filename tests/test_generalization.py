@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from invertune import data as datasets
-from invertune import defenses, generalization, passing_claims, pictograms, steps
+from invertune import defenses, generalization, passing_claims, pictograms, reports, steps
 from invertune.chain import Chain, Defender, class_list, open_chain, pool
 from invertune.generalization import NOT_SHIPPED
 from invertune.models import locked_hash
@@ -62,7 +62,9 @@ def test_rows_of_a_case_belong_to_its_table_and_its_place(
     assert list(chosen["attack"] == NOT_SHIPPED) == [False, True]
     assert list(generalization.layer_table(cases[0]).layer[-3:]) == ["threshold", "mean", "std"]
     figure = generalization.asr_figure(chain, rows)
-    assert len(figure.axes[0].get_yticks()) == 2
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["banana"]
+    both = pd.concat([rows, to_frame(reports.undefended_rows(chain, "badclip", 0))])
+    assert len(generalization.asr_figure(chain, both).axes[0].get_yticks()) == 2  # Table 1's first
 
 
 def test_a_baselines_grid_begins_at_the_rate_of_table_1(chain: Chain) -> None:
