@@ -13,7 +13,7 @@ usage: ./run_all.sh [PROFILE] [--only NN] [--seeds LIST] [--overrides YAML] [--j
   --only NN          only the notebooks whose names start with NN, e.g. --only 03
   --seeds LIST       seeds, separated by commas, e.g. --seeds 1,2,3 (default: the profile's)
   --overrides YAML   other settings, e.g. --overrides '{attacks: {names: [badnet]}}'
-  --jobs N           processes at once (default: one a core, as far as memory is free)
+  --jobs N           processes at once (default: one a core, as far as memory is free; 1 on smoke)
   --dry-run          the plan: steps, planned exposures, what the store holds, minutes, memory
   lab                opens JupyterLab in the same environment
 

@@ -148,7 +148,8 @@ def judge(claims: Iterable[Claim], results: pd.DataFrame) -> pd.DataFrame:
     Columns: id, text, source, relation, threshold, seeds (how many), values (the decisive number
     per seed), margin (mean over seeds), spread (max - min of the margin), verdict, note.
     HOLDS: true in every seed and the mean margin exceeds the spread, or there is no spread. FAILS:
-    false in every seed. UNDECIDED: neither. UNTESTED: rows are missing; the note says which.
+    false in every seed. UNDECIDED: neither. UNTESTED: no seed has all rows. A seed that lacks rows
+    is left out, and the note says so.
     """
     return pd.DataFrame([_judged(claim, results) for claim in claims])
 
@@ -180,19 +181,24 @@ def _judged(claim: Claim, results: pd.DataFrame) -> dict[str, object]:
     if not set(results["profile"]) <= set(JUDGED):
         return line | {"note": f"claims are judged on {' and '.join(JUDGED)} only"}
     rows = select(claim, results)
-    if gap := missing(claim, rows):
-        return line | {"note": gap}
-    seeds = sorted(rows["seed"].unique(), key=lambda seed: natural_order("seed", seed))
+    found = sorted(rows["seed"].unique(), key=lambda seed: natural_order("seed", seed))
+    gaps = {seed: missing(claim, rows[rows["seed"] == seed]) for seed in found or [""]}
+    notes = [gap + (f" in seed {seed}" if seed else "") for seed, gap in gaps.items() if gap]
+    seeds = [seed for seed, gap in gaps.items() if not gap]
+    if not seeds:
+        return line | {"note": notes[0]}
+    notes = [f"left out: {note}" for note in notes[:1]]
+    notes += ["one seed: the spread is unknown"] * (len(seeds) == 1)
     decisive = [_decisive(claim, rows[rows["seed"] == seed]) for seed in seeds]
     margins = [margin for _, margin in decisive]
     shown = zip(seeds, decisive, strict=True)
     return line | {
         "seeds": len(seeds),
-        "values": "; ".join(f"{seed or '-'}: {cell_text(value)}" for seed, (value, _) in shown),
+        "values": "; ".join(f"{seed or '-'}: {value:.4g}" for seed, (value, _) in shown),
         "margin": sum(margins) / len(margins),
         "spread": _spread(margins),
         "verdict": decide(margins),
-        "note": "one seed: the spread is unknown" if len(seeds) == 1 else "",
+        "note": "; ".join(notes),
     }
 
 
@@ -231,15 +237,13 @@ def select(claim: Claim, results: pd.DataFrame) -> pd.DataFrame:
 
 
 def missing(claim: Claim, rows: pd.DataFrame) -> str:
-    """The first combination of filter values that a seed lacks, in words; "" when all are there."""
+    """The first combination of filter values that one seed's rows lack, in words; "" for none."""
     for wanted in claim.filters:
-        have = set(rows[["seed", *wanted]].itertuples(index=False, name=None))
+        have = set(rows[list(wanted)].itertuples(index=False, name=None))
         for combination in itertools.product(*wanted.values()):
-            for seed in sorted(set(rows["seed"])) or [""]:
-                if (seed, *combination) not in have:
-                    cells = [f"{c}={v}" for c, v in zip(wanted, combination, strict=True) if v]
-                    where = f" in seed {seed}" if seed else ""
-                    return f"no row with {', '.join(cells)}{where}"
+            if combination not in have:
+                cells = [f"{c}={v}" for c, v in zip(wanted, combination, strict=True) if v]
+                return f"no row with {', '.join(cells)}"
     return ""
 
 

@@ -97,11 +97,16 @@ def _ablations(settings: Settings) -> list[Call]:
 
 
 def default_count(settings: Settings) -> int:
-    """How many jobs to run at once: one a core, as far as memory is free; one on a GPU."""
+    """How many jobs to run at once: one a core, as far as memory is free; one on a GPU.
+
+    A minute of work for each at least: on smoke starting them costs more than they save.
+    """
     peak = plan.peak_mb(settings)
     if peak is None or (settings.device != "cpu" and torch.cuda.is_available()):
         return 1
-    return max(1, min(cores(), int(psutil.virtual_memory().available / 1e6 / peak)))
+    minutes = sum(plan.minutes_of(work, settings) for work in plan.planned(settings))
+    fitting = psutil.virtual_memory().available / 1e6 / peak
+    return max(1, min(cores(), int(fitting), int(minutes)))
 
 
 def fill(profile: str, overrides: Mapping[str, Any], notebook: str, count: int) -> None:

@@ -55,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def add_jobs(parser: argparse.ArgumentParser) -> None:
     """The option of what can compute several artifacts at once."""
-    about = "processes at once (default: one a core, as far as memory is free; one on a GPU)"
+    about = "processes at once (default: one a core, as memory allows; one on a GPU and on smoke)"
     parser.add_argument("--jobs", metavar="N", type=_count, help=about)
 
 
@@ -196,10 +196,9 @@ def report(settings: Settings, held: Sequence[str], jobs: int, only: str | None 
 
     Minutes are those of ``jobs`` processes at the measured rate of one.
     """
-    size, rates = settings.data.image_size_px, _measured(settings)
-    speeds, peak = rates.get("images_per_second", {}), peak_mb(settings, only)
+    size, rates, peak = settings.data.image_size_px, _measured(settings), peak_mb(settings, only)
     chosen = [w for w in planned(settings) if w.notebook.startswith(only or "")]
-    minutes = [w.total / speeds.get(w.rate, math.nan) / 60 / jobs for w in chosen]
+    minutes = [minutes_of(w, settings) / jobs for w in chosen]
     memory = "not measured yet" if peak is None else f"{jobs * peak:,} MB"
     steps = ", ".join(f"{n} {step}" for step, n in sorted(Counter(held).items())) or "nothing"
     return "\n".join(
@@ -227,6 +226,12 @@ def _measured(settings: Settings) -> dict[str, Any]:
     """The rates measured at the settings' image size; empty where there are none."""
     measured: list[dict[str, Any]] = json.loads(RATES.read_text())
     return next((r for r in measured if r["image_size_px"] == settings.data.image_size_px), {})
+
+
+def minutes_of(work: Work, settings: Settings) -> float:
+    """Minutes of one process for ``work``, at most; NaN where its rate is not measured."""
+    speed = _measured(settings).get("images_per_second", {}).get(work.rate, math.nan)
+    return work.total / speed / 60
 
 
 def peak_mb(settings: Settings, only: str | None = None) -> int | None:

@@ -178,7 +178,10 @@ def test_a_missing_row_is_untested_and_named():
     assert line["note"] == "no row with metric=asr, defense=invertune, attack=sig in seed 1"
     numbers = {(s, a, "invertune"): 1.0 for s in (1, 2) for a in ("badnet", "sig")}
     del numbers[2, "sig", "invertune"]
-    assert judged(RAW, table(numbers))["note"].endswith("attack=sig in seed 2")
+    line = judged(RAW, table(numbers))
+    assert (line["verdict"], line["seeds"]) == ("HOLDS", 1)
+    lacks, alone = line["note"].split("; ")
+    assert lacks.endswith("attack=sig in seed 2") and alone == "one seed: the spread is unknown"
     line = judged(RAW, table({}))
     assert line["note"] == "no row with metric=asr, defense=invertune, attack=badnet"
 

@@ -11,24 +11,48 @@ from typing import Any
 import pytest
 import torch
 
+from invertune import (
+    ablations,
+    comparison,
+    defenses,
+    generalization,
+    passing_claims,
+    reports,
+    steps,
+)
 from invertune import chain as chains
-from invertune import comparison, defenses, generalization, passing_claims, reports, steps
 from invertune import data as datasets
 from invertune.evaluation import RECALL_KS
 from invertune.models import load_embedded, locked_hash
 from invertune.provenance import REPOSITORY
-from invertune.sections import BACKBONES
-from invertune.settings import load_settings
+from invertune.sections import BACKBONES, INVERSION_SWITCHES, TUNING_SWITCHES, WEIGHTS
+from invertune.settings import compared, load_settings
 from invertune.store import artifact_key
 
 PUBLISHED = REPOSITORY / "expected" / "mini.csv"
 LAYER = "visual.layer4"
+SWEPT = len(compared(load_settings("mini"), "inversion", "lambda1")[1:])  # as of every weight
+AT_EVERY_K = {str(k): [50.0, 1, 0.0, 100.0] for k in RECALL_KS}
+STATE = {"step": 1, "inverted_asr": 50.0, "mask_l1": 1.0}
+INVERTED = {"mask_l1_at_equal_asr": 1.0, "states": [STATE]}
 RATE_NAMES = [
     *(f"{task}.ca.{k}" for task in ("zeroshot", "retrieval") for k in RECALL_KS),
     *(f"zeroshot.asr.{k}" for k in RECALL_KS),
     *("zeroshot.asr_all.1", "retrieval.asr.10"),
     *(f"retrieval.t2i.{k}" for k in RECALL_KS),
 ]
+
+
+OWN = load_settings("mini").ablations
+ABLATIONS = (  # as notebook 07 calls them
+    lambda c: ablations.inversion_rows(c, OWN.weight_attacks, WEIGHTS, "table2"),
+    lambda c: ablations.inversion_rows(c, OWN.switch_attacks, INVERSION_SWITCHES, "extra"),
+    lambda c: ablations.table3_rows(c, OWN.perturbation_attacks),
+    lambda c: ablations.tuning_rows(c, OWN.beta_attacks, ["beta"], "figure6"),
+    lambda c: ablations.tuning_rows(c, OWN.switch_attacks, TUNING_SWITCHES, "extra"),
+    ablations.update_rows,
+    ablations.perturbation_rows,
+)
 
 
 def published() -> list[dict[str, str]]:
@@ -51,8 +75,11 @@ def results_of(step: str, label: int, classes: int, lr: float) -> dict[str, Any]
             "scores": [1.0],
             "increases": {"ball_feature": {"clean": [1] * classes, "adversarial": counts}},
         },
-        "inversion": {"mask_l1_at_equal_asr": 1.0, "target": label},
+        "inversion": {"target": label, **INVERTED},
+        "sweep": {"runs": [INVERTED] * SWEPT},
+        "scores": {"ca": AT_EVERY_K, "asr": [AT_EVERY_K] * SWEPT, "ssim": [1.0] * SWEPT},
         "tuning": {
+            "states": [{"lr": 1.0, "step": 1, "clean_accuracy": 50.0, "inverted_asr": 50.0}],
             **dict.fromkeys(("mean", "std", "threshold"), 1.0),
             **{"impacts": {LAYER: 1.0}, "layers": [LAYER], "neurons": {LAYER: 1}},
         },
@@ -64,7 +91,7 @@ def results_of(step: str, label: int, classes: int, lr: float) -> dict[str, Any]
 def named_keys(
     seeds: list[int], targets: dict[str, str], place: int, store: Path, patch: pytest.MonkeyPatch
 ) -> set[str]:
-    """Keys of all rows of notebooks 01 to 06, by the real steps, with nothing computed.
+    """Keys of all rows of all notebooks, by the real steps, with nothing computed.
 
     Every baseline is taken to have chosen the rate at ``place`` (0: the largest) of its grid.
     """
@@ -78,7 +105,8 @@ def named_keys(
         known = [n for n in names if n != settings.get("lacks")]
         label = settings["target"] if step == "inversion" else known.index(targets.get(key, "ski"))
         rates = sorted(settings.get("lrs", [0]), reverse=True)
-        zeros = defaultdict(lambda: torch.zeros(3, 64, 64))
+        shape = (SWEPT, 3, 64, 64) if step == "sweep" else (3, 64, 64)
+        zeros = defaultdict(lambda: torch.zeros(shape))
         return SimpleNamespace(
             key=key,
             metrics=results_of(step, label, len(known), rates[: place + 1][-1]),
@@ -86,8 +114,9 @@ def named_keys(
         )
 
     patch.setattr(chains, "obtain", name_only)
-    for module in (steps, defenses):
+    for module in (steps, defenses, ablations):
         patch.setattr(module, "set_state", lambda *_: None)
+    patch.setattr(ablations.triggers, "required", lambda trigger, _: trigger)
     for module in (steps, reports, passing_claims):
         patch.setattr(module, "pretrained", lambda c: clean[c.settings.backbone])
     makers = (
@@ -99,6 +128,7 @@ def named_keys(
         comparison.rebound_rows,
         generalization.generalization_rows,
         passing_claims.passing_rows,
+        *ABLATIONS,
     )
     return {row["key"] for make in makers for row in make(chain)}
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -82,6 +83,16 @@ def fill(store: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.mark.parametrize(
+    ("profile", "free_gb", "count"), [("mini", 99, 4), ("mini", 6, 2), ("smoke", 99, 1)]
+)
+def test_one_job_a_core_while_memory_and_work_last(profile, free_gb, count, monkeypatch):
+    memory = SimpleNamespace(available=free_gb * 1e9)
+    monkeypatch.setattr(jobs.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(jobs, "cores", lambda: 4)
+    assert jobs.default_count(load_settings(profile, {"device": "cpu"})) == count
 
 
 def test_two_processes_leave_what_one_leaves(tmp_path):

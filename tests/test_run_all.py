@@ -156,7 +156,7 @@ for part in range(3):
         time.sleep(0.01)
     work = lambda _: ({{"w": {{"x": torch.randn(3)}}}}, {{"seconds": time.time()}})
     obtain(default_root(), f"part{{part}}", 1, {{}}, [], "d", work, settings.seeds[0])
-(out / "results.csv").write_text("done")
+(out / "left.txt").write_text("done")
 """
 
 
@@ -212,10 +212,10 @@ def test_a_second_run_does_nothing_until_something_changes(tmp_path):
     assert code == 0 and out.count("\n") == 1 and "finished before, nothing to do" in out
     assert executed.stat().st_mtime_ns == first
 
-    (root / "results" / "smoke" / "results.csv").unlink()  # a lost file is made again
+    (root / "results" / "smoke" / "left.txt").unlink()  # a lost file is made again
     code, out, _ = finish(start(root, "smoke"))
     assert code == 0 and out.count("stored (") == 0
-    assert (root / "results" / "smoke" / "results.csv").exists() and stored(root) == before
+    assert (root / "results" / "smoke" / "left.txt").exists() and stored(root) == before
 
     code, out, _ = finish(start(root, "smoke", "--seeds", "5"))
     assert code == 0 and out.count("stored (") == 3 and len(stored(root)) == 6

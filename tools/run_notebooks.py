@@ -121,6 +121,7 @@ def run_all(
         start = time.perf_counter()
         _fill(notebook.stem, settings, overrides, jobs)
         execute(notebook, output, {"profile": settings.profile, "overrides": overrides}, root)
+        _show(settings, root)
         _replace(stamp, json.dumps({"inputs": inputs, **_left(settings.profile, root, store)}))
         print(f"{notebook.stem}: done in {time.perf_counter() - start:.0f} s", flush=True)
 
@@ -135,6 +136,17 @@ def _fill(notebook: str, settings: Settings, overrides: dict[str, Any], count: i
             jobs.fill(settings.profile, overrides, notebook, count)
     except Exception as error:
         raise NotebookError(f"{notebook}: {explain(error)}") from None
+
+
+def _show(settings: Settings, root: Path) -> None:
+    """Writes figures/PROFILE/README.md anew from what the notebooks have left so far."""
+    from invertune import gallery, results  # import pandas
+
+    path = root / "results" / settings.profile / "results.csv"
+    if path.is_file():
+        found = results.read_results(path, settings.profile)
+        seeds = [str(seed) for seed in settings.seeds]
+        gallery.write(settings.profile, found[found.seed.isin(seeds)], root)
 
 
 def execute(notebook: Path, output: Path, parameters: dict[str, Any], root: Path) -> None:

@@ -1,0 +1,107 @@
+"""One page of all that a profile has left: its claims with verdicts, every figure and table.
+
+figures/PROFILE/README.md, written at the end of a run; ``python -m tools.update_readme`` writes the
+committed one of mini from the published results.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from invertune import claims, tables
+from invertune.provenance import REPOSITORY
+
+ITEMS = REPOSITORY / "expected" / "items.yml"
+MOST_LINES = 30  # a longer table is linked, not shown
+
+
+def page(profile: str, results: pd.DataFrame, folder: Path) -> str:
+    """The page as Markdown, of ``results`` as ``read_results`` gives them and files in ``folder``.
+
+    An item without files is named as not run yet; of what the paper does not have, only what is
+    there is shown.
+    """
+    items = yaml.safe_load(ITEMS.read_text())
+    notebooks = {item: name for name, own in items["notebooks"].items() for item in own}
+    parts = [
+        f"# Profile {profile}: claims, figures and tables",
+        f"From [the notebooks](../../notebooks) with [these settings](../../params/{profile}.yml); "
+        "where a number stands for several seeds it is their mean, and pictures are of the first. "
+        "The paper's numbers, of other data: [paper.csv](../../expected/paper.csv).",
+        "## Claims",
+        *(
+            _claims(results)
+            if profile in claims.JUDGED
+            else ["Not judged: its numbers mean nothing."]
+        ),
+        "## The paper's figures and tables",
+    ]
+    for item, title in items["titles"].items():
+        about = f"[{notebooks[item]}](../../notebooks/{notebooks[item]}.ipynb)"
+        if seeds := _seeds(results[results.paper_item == item]):
+            about += f", {named_seeds(seeds)}"
+        parts += [f"### {_name(item)}: {title}", *_shown(item, folder, about)]
+    parts.append("## Beyond the paper")
+    for name, title in items["beyond"].items():
+        if found := _shown(name, folder):
+            parts += [f"### {title}", *found]
+    return "\n\n".join(parts) + "\n"
+
+
+def write(profile: str, results: pd.DataFrame, root: Path = REPOSITORY) -> Path:
+    """Writes the page of a profile beside its figures; returns its path."""
+    path = root / "figures" / profile / "README.md"
+    path.write_text(page(profile, results, path.parent))
+    return path
+
+
+def _claims(results: pd.DataFrame) -> list[str]:
+    judged = claims.judge(claims.load_claims(), results)
+    counts = Counter(judged.verdict)
+    shown = claims.shown(judged)
+    frame = shown[["verdict", *(c for c in shown if c not in ("verdict", "margin", "spread"))]]
+    return [
+        ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
+        + ". HOLDS: in every seed, by more than the seeds differ; FAILS: in none; UNDECIDED: "
+        "neither; UNTESTED: rows are missing.",
+        tables.markdown(list(frame.columns), frame.fillna("").values.tolist()).strip(),
+    ]
+
+
+def _shown(name: str, folder: Path, about: str = "") -> list[str]:
+    """Chart, table and links of one item: what of it is in ``folder``."""
+    there = [s for s in ("csv", "tex", "pdf") if (folder / f"{name}.{s}").is_file()]
+    if not there:
+        return [f"{about}: not run yet."] if about else []
+    links = " · ".join(f"[{suffix.upper()}]({name}.{suffix})" for suffix in there)
+    parts = [f"{about} · {links}".removeprefix(" · ")]
+    if (folder / f"{name}.png").is_file():
+        parts.append(f"![{name}]({name}.png)")
+    if (path := folder / f"{name}.md").is_file():
+        text = path.read_text().strip()
+        lines = text.count("\n") - 1
+        parts.append(text if lines <= MOST_LINES else f"[{lines} lines]({path.name})")
+    return parts
+
+
+def _name(item: str) -> str:
+    """The paper's name of figure5a: Figure 5(a)."""
+    return re.sub(r"(\D+)(\d+)(.?)", r"\1 \2(\3)", item).removesuffix("()").capitalize()
+
+
+def _seeds(rows: pd.DataFrame) -> set[str]:
+    """The seeds in which all defenses of these rows were run."""
+    own = [set(seeds) for _, seeds in rows.groupby("defense").seed]
+    return set.intersection(*own) if own else set()
+
+
+def named_seeds(seeds: Iterable[object]) -> str:
+    """Seeds in words: "seed 4", "seeds 4, 5"."""
+    different = sorted({str(seed) for seed in seeds}, key=int)
+    return f"seed{'s' * (len(different) > 1)} {', '.join(different)}"

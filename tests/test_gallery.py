@@ -1,0 +1,35 @@
+"""The page of a profile: what it shows of what is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from invertune import gallery, results
+
+
+def row(defense: str, seed: int) -> dict[str, str]:
+    about = {"profile": "mini", "paper_item": "table1", "backbone": "RN50", "attack": "sig"}
+    about |= {"target": "mushroom", "task": "zeroshot", "k": "1", "defense": defense, "seed": seed}
+    return results.row(metric="asr", value=50.0, **about)
+
+
+def test_the_page_names_what_is_not_run_and_the_seeds_of_what_is(tmp_path: Path) -> None:
+    (tmp_path / "table1.csv").touch()
+    (tmp_path / "table1.md").write_text("| a |\n| --- |\n| 50.00 |\n")
+    (tmp_path / "table6.csv").touch()
+    (tmp_path / "table6.md").write_text("| a |\n" * 40)
+    (tmp_path / "rebound.pdf").touch()
+    (tmp_path / "rebound.png").touch()
+    rows = [row("none", 4), row("none", 5), row("ft", 5)]
+    page = gallery.page("mini", results.to_frame(rows), tmp_path)
+    parts = {part.split(":")[0]: part for part in page.split("### ")[1:]}
+    assert "seed 5 · [CSV](table1.csv)" in parts["Table 1"] and "| 50.00 |" in parts["Table 1"]
+    assert "[38 lines](table6.md)" in parts["Table 6"] and "| a |" not in parts["Table 6"]
+    assert "not run yet" in parts["Figure 5(a)"]
+    assert page.count("![") == 1 and "![rebound](rebound.png)" in page
+    assert "UNTESTED" in page and "no row with" in page
+
+
+def test_seeds_in_words() -> None:
+    assert gallery.named_seeds(["10", 9, "9"]) == "seeds 9, 10"
+    assert gallery.named_seeds([4]) == "seed 4"
