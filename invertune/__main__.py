@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_options(fill)
     plan.add_jobs(fill)
     add("publish", _publish, "makes a profile's results the expected ones").add_argument("profile")
-    planned = add("plan", plan.show, "steps, exposures, minutes and memory of a run")
+    planned = add("plan", show_plan, "steps, exposures, minutes and memory of a run")
     plan.add_options(planned)
     plan.add_jobs(planned)
     store = add("store", _store, "lists, shows or verifies stored artifacts")
@@ -114,6 +114,18 @@ def _fill(options: argparse.Namespace) -> int:
     for name in chosen:
         jobs.fill(options.profile, overrides, name, count)
     distributed.stop()
+    return 0
+
+
+def show_plan(options: argparse.Namespace) -> int:
+    """Prints the plan for parsed options; computes nothing."""
+    settings = load_settings(options.profile, plan.overrides_of(options))
+    from invertune import jobs, store
+
+    count = options.jobs or jobs.default_count(settings)
+    sound = [a for a in store.entries(store.default_root()) if (a.folder / store.META).is_file()]
+    held = [artifact.meta.get("step", "unknown") for artifact in sound]
+    print(plan.report(settings, held, count, options.only))
     return 0
 
 

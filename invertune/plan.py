@@ -17,14 +17,7 @@ from typing import Any
 import yaml
 
 from invertune.sections import INVERSION_SWITCHES, TUNING_SWITCHES, WEIGHTS, BadClip, Settings
-from invertune.settings import (
-    SettingsError,
-    changed,
-    compared,
-    load_settings,
-    other_models,
-    suspects,
-)
+from invertune.settings import SettingsError, changed, compared, other_models, suspects
 
 RATES = Path(__file__).resolve().parent.parent / "expected" / "rates.json"
 
@@ -243,15 +236,3 @@ def peak_mb(settings: Settings, only: str | None = None) -> int | None:
 
 def _text(minutes: float) -> str:
     return "not measured" if math.isnan(minutes) else f"{minutes:.1f}"
-
-
-def show(options: argparse.Namespace) -> int:
-    """Prints the plan for parsed options; computes nothing."""
-    settings = load_settings(options.profile, overrides_of(options))
-    from invertune import jobs, store  # import torch, which a wrong option should not wait for
-
-    count = options.jobs or jobs.default_count(settings)
-    sound = [a for a in store.entries(store.default_root()) if (a.folder / store.META).is_file()]
-    held = [artifact.meta.get("step", "unknown") for artifact in sound]
-    print(report(settings, held, count, options.only))
-    return 0

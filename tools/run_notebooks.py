@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from invertune import plan
-from invertune.__main__ import explain
+from invertune.__main__ import explain, show_plan
 from invertune.sections import Settings
 from invertune.settings import SettingsError, load_settings
 
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None, root: Path = REPOSITORY) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.dry_run:
-            return plan.show(options)
+            return show_plan(options)
         overrides = plan.overrides_of(options)
         settings = load_settings(options.profile, overrides)
         notebooks = _chosen(root / "notebooks", options.only)
