@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     fill = add("fill", _fill, "makes what notebooks look for in the store; also under torchrun")
     plan.add_options(fill)
     plan.add_jobs(fill)
+    plan.add_options(
+        add("page", _page, "writes figures/PROFILE/README.md: claims, figures, tables")
+    )
     add("publish", _publish, "makes a profile's results the expected ones").add_argument("profile")
     planned = add("plan", show_plan, "steps, exposures, minutes and memory of a run")
     plan.add_options(planned)
@@ -126,6 +129,14 @@ def show_plan(options: argparse.Namespace) -> int:
     sound = [a for a in store.entries(store.default_root()) if (a.folder / store.META).is_file()]
     held = [artifact.meta.get("step", "unknown") for artifact in sound]
     print(plan.report(settings, held, count, options.only))
+    return 0
+
+
+def _page(options: argparse.Namespace) -> int:
+    settings = load_settings(options.profile, plan.overrides_of(options))
+    from invertune import gallery
+
+    print(gallery.write(settings))
     return 0
 
 

@@ -16,6 +16,8 @@ import yaml
 
 from invertune import claims, tables
 from invertune.provenance import REPOSITORY
+from invertune.results import read_results
+from invertune.sections import Settings
 
 ITEMS = REPOSITORY / "expected" / "items.yml"
 MOST_LINES = 30  # a longer table is linked, not shown
@@ -54,10 +56,15 @@ def page(profile: str, results: pd.DataFrame, folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write(profile: str, results: pd.DataFrame, root: Path = REPOSITORY) -> Path:
-    """Writes the page of a profile beside its figures; returns its path."""
-    path = root / "figures" / profile / "README.md"
-    path.write_text(page(profile, results, path.parent))
+def write(settings: Settings, root: Path = REPOSITORY) -> Path:
+    """Writes the page of a run, of the settings' seeds, beside its figures; returns its path.
+
+    Raises ``ResultsError`` where nothing of the profile has been run.
+    """
+    found = read_results(root / "results" / settings.profile / "results.csv", settings.profile)
+    seeds = [str(seed) for seed in settings.seeds]
+    path = root / "figures" / settings.profile / "README.md"
+    path.write_text(page(settings.profile, found[found.seed.isin(seeds)], path.parent))
     return path
 
 

@@ -95,6 +95,7 @@ def test_the_grid_of_the_paper_trains_in_as_many_processes_as_a_job_has_gpus(fol
     }
     assert count["attack"] == count["tune"] == 6 * 2 and count["baseline"] == 6 * 4 * 2
     assert count["target"] == count["backbone"] == 3 * 5 * 2 and count["whole"] == 7
+    assert count["page"] == 1
     fill = "torchrun --standalone --nproc-per-node 4 -m invertune fill paper --only 01 --overrides"
     narrow = """'{"seeds": [2], "attacks": {"names": ["sig"]}}'"""
     assert f"{fill} {narrow} && papermill notebooks/01_attacks.ipynb" in out

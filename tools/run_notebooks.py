@@ -121,7 +121,7 @@ def run_all(
         start = time.perf_counter()
         _fill(notebook.stem, settings, overrides, jobs)
         execute(notebook, output, {"profile": settings.profile, "overrides": overrides}, root)
-        _show(settings, root)
+        _page(settings, root)
         _replace(stamp, json.dumps({"inputs": inputs, **_left(settings.profile, root, store)}))
         print(f"{notebook.stem}: done in {time.perf_counter() - start:.0f} s", flush=True)
 
@@ -138,15 +138,12 @@ def _fill(notebook: str, settings: Settings, overrides: dict[str, Any], count: i
         raise NotebookError(f"{notebook}: {explain(error)}") from None
 
 
-def _show(settings: Settings, root: Path) -> None:
-    """Writes figures/PROFILE/README.md anew from what the notebooks have left so far."""
-    from invertune import gallery, results  # import pandas
+def _page(settings: Settings, root: Path) -> None:
+    """Writes the page of all that the notebooks have left so far, if they left numbers."""
+    if (root / "results" / settings.profile / "results.csv").is_file():
+        from invertune import gallery  # imports pandas
 
-    path = root / "results" / settings.profile / "results.csv"
-    if path.is_file():
-        found = results.read_results(path, settings.profile)
-        seeds = [str(seed) for seed in settings.seeds]
-        gallery.write(settings.profile, found[found.seed.isin(seeds)], root)
+        print(f"claims, figures and tables: {gallery.write(settings, root)}", flush=True)
 
 
 def execute(notebook: Path, output: Path, parameters: dict[str, Any], root: Path) -> None:
