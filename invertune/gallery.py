@@ -68,15 +68,18 @@ def write(settings: Settings, root: Path = REPOSITORY) -> Path:
     return path
 
 
+def counted(judged: pd.DataFrame) -> str:
+    """How many claims got each verdict: "30 HOLDS, 12 FAILS"."""
+    return ", ".join(f"{n} {verdict}" for verdict, n in Counter(judged.verdict).most_common())
+
+
 def _claims(results: pd.DataFrame) -> list[str]:
     judged = claims.judge(claims.load_claims(), results)
-    counts = Counter(judged.verdict)
     shown = claims.shown(judged)
     frame = shown[["verdict", *(c for c in shown if c not in ("verdict", "margin", "spread"))]]
     return [
-        ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
-        + ". HOLDS: in every seed, by more than the seeds differ; FAILS: in none; UNDECIDED: "
-        "neither; UNTESTED: rows are missing.",
+        f"{counted(judged)}. HOLDS: in every seed, by more than the seeds differ; FAILS: in none; "
+        "UNDECIDED: neither; UNTESTED: rows are missing.",
         tables.markdown(list(frame.columns), frame.fillna("").values.tolist()).strip(),
     ]
 

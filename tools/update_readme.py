@@ -13,7 +13,8 @@ from typing import get_args
 
 import pandas as pd
 
-from invertune.gallery import named_seeds, page
+from invertune.claims import judge, load_claims
+from invertune.gallery import counted, named_seeds, page
 from invertune.provenance import REPOSITORY
 from invertune.results import read_results
 from invertune.sections import Attack
@@ -110,6 +111,8 @@ def updated(readme: str, paper: pd.DataFrame, published: pd.DataFrame) -> str:
         table(pd.read_csv(MINI / "defenses.csv", dtype=str)),
         cases_caption(pd.read_csv(MINI / "generalization_cases.csv")),
         table(both[0].merge(both[1], on=["defense", ""])),
+        f"Claims of the paper, judged on mini: {counted(judge(load_claims(), published))}. Each with "
+        "its numbers, and all figures and tables: [figures/mini](figures/mini/README.md).",
     ]
     head, rest = readme.split(START)
     found = "\n\n".join(part.strip() for part in parts)
