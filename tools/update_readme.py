@@ -111,8 +111,8 @@ def updated(readme: str, paper: pd.DataFrame, published: pd.DataFrame) -> str:
         table(pd.read_csv(MINI / "defenses.csv", dtype=str)),
         cases_caption(pd.read_csv(MINI / "generalization_cases.csv")),
         table(both[0].merge(both[1], on=["defense", ""])),
-        f"Claims of the paper, judged on mini: {counted(judge(load_claims(), published))}. Each with "
-        "its numbers, and all figures and tables: [figures/mini](figures/mini/README.md).",
+        f"Claims of the paper, judged on mini: {counted(judge(load_claims(), published))}. Each "
+        "with its numbers, and all figures and tables: [figures/mini](figures/mini/README.md).",
     ]
     head, rest = readme.split(START)
     found = "\n\n".join(part.strip() for part in parts)
