@@ -88,6 +88,22 @@ def table3_figure(chain: Chain, results: pd.DataFrame) -> Figure:
 
 
 @mpl.rc_context(STYLE)
+def rounds_figure(chain: Chain, results: pd.DataFrame) -> Figure:
+    """ASR and CA after one and after two rounds of steps 2 and 3, per attack."""
+    names = list(dict(grid(chain, among=chain.settings.ablations.round_attacks)))
+    figure, axes = canvas(2, 1, COLUMN_IN, 3.2, sharex=True)
+    for chart, metric in zip(axes[:, 0], ("asr", "ca"), strict=True):
+        looks = ((1, -0.2, BEFORE, "one round"), (2, 0.2, AFTER, "two rounds"))
+        for number, shift, color, title in looks:
+            rows = ours(chain, results, [variant("rounds", number)], metric=metric)
+            values = tables.by_seed(rows, "attack")
+            figures.bars(chart, names, values, shift, color, title)
+        figures.percent_axis(chart, f"{metric.upper()} (%)")
+    figures.legend_above(figure, axes[0, 0])
+    return figure
+
+
+@mpl.rc_context(STYLE)
 def figure6(chain: Chain, results: pd.DataFrame) -> Figure:
     """Figure 6: CA (left axis) and ASR (right axis) over beta, a panel per attack."""
     names = list(dict(grid(chain, among=chain.settings.ablations.beta_attacks)))

@@ -1,4 +1,4 @@
-"""The steps that only ablations need: sweeps of loss weights, other triggers, lighter scores.
+"""The steps that only ablations need: sweeps of loss weights, a second round, lighter scores.
 
 A changed setting that equals the profile's own finds the main chain's artifact. The other values of
 a loss weight run as one batch: they see the same images and share all that is not their own.
@@ -6,6 +6,7 @@ a loss weight run as one batch: they see the same images and share all that is n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from invertune import metrics, steps, triggers
 from invertune.chain import Chain, Model, class_head, pool
+from invertune.defenses import defended
 from invertune.evaluation import RECALL_KS
 from invertune.kernels import ssim_statistics, ssim_with
 from invertune.metrics import Rate
@@ -77,6 +79,28 @@ def inversions(
         other = with_value(chain, "inversion", name, value)
         found.append((steps.inverted(other, attack, seed, target), (value,)))
     return found
+
+
+@functools.lru_cache(maxsize=128)
+def second_round(chain: Chain, attack: str, seed: int) -> Artifact:
+    """Steps 2 and 3 once more, on the model that step 3 left; metrics: step 3's, ``inversion``."""
+    purified, own = defended(chain, "invertune", attack, seed), chain.settings
+    target = steps.suspected_target(chain, attack, seed)
+
+    def compute(_: Path) -> tuple[Tensors, dict[str, Any]]:
+        found = steps.invert(chain, purified, [Run.of(target, own.inversion)], seed)[0]
+        again = [triggers.mask_trigger(found.mask, found.pattern)]
+        tensors, kept = steps.tune_model(chain, purified, again, target, seed)
+        return tensors, {**kept, "inversion": steps.inversion_metrics(found)}
+
+    keyed = {
+        "inversion": own.inversion.model_dump(mode="json"),
+        "tuning": own.tuning.model_dump(mode="json", exclude={"triggers"}),
+        "target": target,
+        "pool": own.data.inversion_images,
+        "heldout": own.data.heldout_images,
+    }
+    return chain.run("second_round", keyed, [purified.key], compute, seed, f"on {attack}")
 
 
 def found_triggers(chain: Chain, artifact: Artifact) -> list[tuple[Trigger, dict[str, Any]]]:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from invertune import data as datasets
 from invertune import metrics, steps, tables, triggers
-from invertune.ablation_steps import found_triggers, inversions, scored, with_value
+from invertune.ablation_steps import found_triggers, inversions, scored, second_round, with_value
 from invertune.chain import Chain
 from invertune.evaluation import RECALL_KS
 from invertune.metrics import Rate
@@ -119,6 +119,24 @@ def table3_rows(chain: Chain, attacks: Sequence[str]) -> Rows:
     return rows
 
 
+def round_rows(chain: Chain, attacks: Sequence[str]) -> Rows:
+    """CA and ASR after one and after two rounds of steps 2 and 3; the mask that each inverts."""
+    rows: Rows = []
+    for attack, seed in grid(chain, among=attacks):
+        first, again = steps.inverted(chain, attack, seed), second_round(chain, attack, seed)
+        rounds = (
+            (steps.tuned(chain, attack, seed), first.key, first.metrics),
+            (again, again.key, again.metrics["inversion"]),
+        )
+        for number, (done, key, found) in enumerate(rounds, 1):
+            text = variant("rounds", number)
+            rows += _purified_rows(chain, attack, seed, done, (1,), variant=text)
+            base = shared_columns(chain, attack, seed, key, "invertune", task="zeroshot")
+            size = found["mask_l1_at_equal_asr"] or full_mask(chain)
+            rows.append(metric_row({**base, "variant": text}, "mask_l1", size))
+    return rows
+
+
 def update_rows(chain: Chain) -> Rows:
     """Held-out inverted ASR and mask size after every so many updates of the longest inversion."""
     rows: Rows = []
@@ -185,6 +203,12 @@ def switch_table(
     own = {tables.label("variant", text) for text in texts}
     frame.insert(1, "own", ["yes" if text in own else "" for text in frame["variant"]])
     return frame
+
+
+def round_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
+    """CA, ASR and mask size by number of rounds, a line per attack."""
+    rows = ours(chain, results, [variant("rounds", n) for n in (1, 2)], defense="invertune")
+    return tables.wide(rows, ["attack"], ["metric", "variant"])
 
 
 def perturbation_table(chain: Chain) -> pd.DataFrame:

@@ -31,6 +31,7 @@ STEP_VERSIONS = {
     "rebound": 2,
     "evaluation": 1,
     "scores": 1,
+    "second_round": 1,
 }
 TRAINED_TOGETHER = ("attack", "baseline")  # by all processes of a torchrun
 

@@ -88,6 +88,7 @@ def _ablations(settings: Settings) -> list[Call]:
     return [
         *((steps.identified, (null, seed)) for null in NULLS for seed in settings.seeds),
         *((ablations.table3_rows, ((attack,),)) for attack in own.perturbation_attacks),
+        *((ablations.round_rows, ((attack,),)) for attack in own.round_attacks),
         *(
             (rows, ((attack,), (name,), item))
             for rows, attacks, names, item in grid

@@ -165,8 +165,13 @@ def _ablations(settings: Settings) -> list[Work]:
         runs = len(suspects(settings, among=attacks))
         work.append(Work("07_ablations", step, runs, passes, section))
     runs = len(suspects(settings, among=own.perturbation_attacks))
-    passes = 2 * invertune_passes(settings)["tuning"]  # either trigger, or both: one is its own
-    return [*work, Work("07_ablations", "perturbation", runs, passes, "tuning")]
+    once = invertune_passes(settings)
+    again = len(suspects(settings, among=own.round_attacks))
+    return [
+        *work,  # of either trigger, or both, one is the profile's own
+        Work("07_ablations", "perturbation", runs, 2 * once["tuning"], "tuning"),
+        Work("07_ablations", "second round", again, once["inversion"] + once["tuning"], "tuning"),
+    ]
 
 
 def invertune_passes(settings: Settings) -> dict[str, int]:

@@ -274,6 +274,7 @@ class Ablations(Section):
     perturbation_attacks: tuple[Attack, ...]
     beta_attacks: tuple[Attack, ...]
     switch_attacks: tuple[Attack, ...]
+    round_attacks: tuple[Attack, ...]
     inversion: InversionChanges  # type: ignore[valid-type]
     tuning: TuningChanges  # type: ignore[valid-type]
 

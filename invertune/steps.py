@@ -207,32 +207,8 @@ def tuned(chain: Chain, attack: str, seed: int) -> Artifact:
     found = [_SUSPECTED[name](chain, attack, seed) for name in own.tuning.triggers]
 
     def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        heldout = pool(chain, "heldout")
-        result = tune(
-            suspect.clip,
-            pool(chain, "inversion").images,
-            [trigger for several, _ in found for trigger in several],
-            heldout.images,
-            heldout.labels,
-            class_head(chain, suspect.clip),
-            target,
-            own.tuning,
-            seed,
-        )
-        return {"weights": result.clip.net.state_dict()}, {
-            "impacts": result.impacts,
-            "threshold": result.selection.threshold,
-            "mean": result.selection.mean,
-            "std": result.selection.std,
-            "layers": list(result.selection.layers),
-            "lr": result.kept.lr,
-            "step": result.kept.step,
-            "neurons": {k: int(v.sum()) for k, v in result.neurons.items()},
-            "qualified": result.qualified,
-            "suspected": asdict(result.suspected),
-            "states": [asdict(s) for s in result.states],
-            "log": result.log,
-        }
+        together = [trigger for several, _ in found for trigger in several]
+        return tune_model(chain, suspect, together, target, seed)
 
     keyed = {
         **own.tuning.model_dump(mode="json"),
@@ -241,6 +217,38 @@ def tuned(chain: Chain, attack: str, seed: int) -> Artifact:
     }
     keys = [suspect.key, *(key for _, key in found)]
     return chain.run("tuning", keyed, keys, compute, seed, attack)
+
+
+def tune_model(
+    chain: Chain, suspect: Model, found: Sequence[Trigger], target: int, seed: int
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Step 3 on the profile's images: what is kept of it, tensors and metrics."""
+    heldout = pool(chain, "heldout")
+    result = tune(
+        suspect.clip,
+        pool(chain, "inversion").images,
+        found,
+        heldout.images,
+        heldout.labels,
+        class_head(chain, suspect.clip),
+        target,
+        chain.settings.tuning,
+        seed,
+    )
+    return {"weights": result.clip.net.state_dict()}, {
+        "impacts": result.impacts,
+        "threshold": result.selection.threshold,
+        "mean": result.selection.mean,
+        "std": result.selection.std,
+        "layers": list(result.selection.layers),
+        "lr": result.kept.lr,
+        "step": result.kept.step,
+        "neurons": {k: int(v.sum()) for k, v in result.neurons.items()},
+        "qualified": result.qualified,
+        "suspected": asdict(result.suspected),
+        "states": [asdict(s) for s in result.states],
+        "log": result.log,
+    }
 
 
 def universal_triggers(chain: Chain, attack: str, seed: int) -> tuple[list[Trigger], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 
 import matplotlib
@@ -11,7 +12,14 @@ import torch
 from conftest import QUICK
 
 from invertune import ablation_figures, ablations, steps, triggers
-from invertune.ablation_steps import found_triggers, inversions, scored, swept, with_value
+from invertune.ablation_steps import (
+    found_triggers,
+    inversions,
+    scored,
+    second_round,
+    swept,
+    with_value,
+)
 from invertune.chain import Chain, open_chain
 from invertune.evaluation import evaluated
 from invertune.kernels import compose
@@ -28,6 +36,7 @@ SETTINGS = {
         "perturbation_attacks": ["blended"],
         "beta_attacks": ["blended"],
         "switch_attacks": ["blended"],
+        "round_attacks": ["blended"],
         "inversion": {"lambda4": [0.05, 0.01, 0.1], "steps": [3]},
         "tuning": {"beta": [0], "images": []},
     },
@@ -137,6 +146,19 @@ def test_figure6_has_ca_and_asr_on_two_axes(chain: Chain) -> None:
     assert list(ablations.switch_table(chain, rows, "tuning", ["beta"])["own"]) == ["", "yes"]
     left, right = ablation_figures.figure6(chain, rows).axes
     assert left.get_ylabel() == "CA (%)" and right.get_ylabel() == "ASR (%)"
+
+
+def test_a_second_round_starts_from_what_the_first_left(chain: Chain) -> None:
+    rows = to_frame(ablations.round_rows(chain, ["blended"]))
+    assert set(rows.variant) == {"rounds=1", "rounds=2"} and len(rows) == 2 * 3
+    first, again = steps.tuned(chain, "blended", 0), second_round(chain, "blended", 0)
+    place = operator.itemgetter("lr", "step")
+    kept = next(s for s in first.metrics["states"] if place(s) == place(first.metrics))
+    assert again.meta["upstream"] == [first.key]
+    accuracy = again.metrics["suspected"]["clean_accuracy"]
+    assert accuracy == pytest.approx(kept["clean_accuracy"], abs=1)  # one image of 105
+    assert not ablations.round_table(chain, rows).isna().any().any()
+    assert len(ablation_figures.rounds_figure(chain, rows).axes) == 2
 
 
 def test_updates_are_the_states_of_the_longest_inversion(chain: Chain) -> None:

@@ -50,6 +50,7 @@ ABLATIONS = (  # as notebook 07 calls them
     lambda c: ablations.table3_rows(c, OWN.perturbation_attacks),
     lambda c: ablations.tuning_rows(c, OWN.beta_attacks, ["beta"], "figure6"),
     lambda c: ablations.tuning_rows(c, OWN.switch_attacks, TUNING_SWITCHES, "extra"),
+    lambda c: ablations.round_rows(c, OWN.round_attacks),
     ablations.update_rows,
     ablations.perturbation_rows,
 )
@@ -76,6 +77,7 @@ def results_of(step: str, label: int, classes: int, lr: float) -> dict[str, Any]
             "increases": {"ball_feature": {"clean": [1] * classes, "adversarial": counts}},
         },
         "inversion": {"target": label, **INVERTED},
+        "second_round": {"inversion": INVERTED},
         "sweep": {"runs": [INVERTED] * SWEPT},
         "scores": {"ca": AT_EVERY_K, "asr": [AT_EVERY_K] * SWEPT, "ssim": [1.0] * SWEPT},
         "tuning": {

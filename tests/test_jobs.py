@@ -53,6 +53,7 @@ def rows_of(notebook: str, chain: object) -> None:
         "07_ablations": lambda: (
             ablations.inversion_rows(chain, own.weight_attacks, WEIGHTS, "table2"),
             ablations.table3_rows(chain, own.perturbation_attacks),
+            ablations.round_rows(chain, own.round_attacks),
             ablations.tuning_rows(chain, own.beta_attacks, ["beta"], "figure6"),
         ),
     }[notebook]()
