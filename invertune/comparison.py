@@ -55,7 +55,10 @@ def comparison_rows(chain: Chain) -> list[dict[str, str]]:
 
 
 def data_use(chain: Chain, defense: str, attack: str, seed: int) -> tuple[int, int]:
-    """Clean images a defense may use (held-out ones aside), and image passes it was trained on."""
+    """Clean images a defense may use (held-out ones aside), and image passes it was trained on.
+
+    Those of InverTune at most: on some models step 3 tries a second choice of layers.
+    """
     if defense == "invertune":
         return chain.settings.data.inversion_images, sum(invertune_passes(chain.settings).values())
     seen = defenses.baseline(chain, defense, attack, seed).metrics["images_seen"]
