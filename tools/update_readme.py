@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     wanted = pages()
-    stale = [path for path, text in wanted.items() if path.read_text() != text]
+    stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text() != text]
     if parser.parse_args().check:
         names = ", ".join(str(path.relative_to(REPOSITORY)) for path in stale)
         sys.exit(f"stale: {names}; run python -m tools.update_readme" if stale else 0)
