@@ -183,11 +183,12 @@ def _judged(claim: Claim, results: pd.DataFrame) -> dict[str, object]:
     rows = select(claim, results)
     found = sorted(rows["seed"].unique(), key=lambda seed: natural_order("seed", seed))
     gaps = {seed: missing(claim, rows[rows["seed"] == seed]) for seed in found or [""]}
-    notes = [gap + (f" in seed {seed}" if seed else "") for seed, gap in gaps.items() if gap]
     seeds = [seed for seed, gap in gaps.items() if not gap]
     if not seeds:
-        return line | {"note": notes[0]}
-    notes = [f"left out: {note}" for note in notes[:1]]
+        seed, gap = next(iter(gaps.items()))
+        return line | {"note": gap + (f" in seed {seed}" if seed else "")}
+    lacking = ", ".join(seed for seed, gap in gaps.items() if gap)
+    notes = [f"without seed {lacking}: rows are missing"] if lacking else []
     notes += ["one seed: the spread is unknown"] * (len(seeds) == 1)
     decisive = [_decisive(claim, rows[rows["seed"] == seed]) for seed in seeds]
     margins = [margin for _, margin in decisive]

@@ -75,7 +75,7 @@ def counted(judged: pd.DataFrame) -> str:
 
 def _claims(results: pd.DataFrame) -> list[str]:
     judged = claims.judge(claims.load_claims(), results)
-    shown = claims.shown(judged)
+    shown = claims.shown(judged).rename(columns={"values": "seed: value"})
     frame = shown[["verdict", *(c for c in shown if c not in ("verdict", "margin", "spread"))]]
     return [
         f"{counted(judged)}. HOLDS: in every seed, by more than the seeds differ; FAILS: in none; "

@@ -180,8 +180,7 @@ def test_a_missing_row_is_untested_and_named():
     del numbers[2, "sig", "invertune"]
     line = judged(RAW, table(numbers))
     assert (line["verdict"], line["seeds"]) == ("HOLDS", 1)
-    lacks, alone = line["note"].split("; ")
-    assert lacks.endswith("attack=sig in seed 2") and alone == "one seed: the spread is unknown"
+    assert line["note"] == "without seed 2: rows are missing; one seed: the spread is unknown"
     line = judged(RAW, table({}))
     assert line["note"] == "no row with metric=asr, defense=invertune, attack=badnet"
 
