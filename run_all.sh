@@ -7,7 +7,8 @@ usage() {
   cat <<'TEXT'
 usage: ./run_all.sh [PROFILE] [--only NN] [--seeds LIST] [--overrides YAML] [--jobs N]
                     [--dry-run]
-       ./run_all.sh lab
+       ./run_all.sh purify WEIGHTS [PROFILE] --out FOLDER [--rounds 2]
+       ./run_all.sh check | lab
 
   PROFILE            smoke (3 minutes), mini (the default) or paper (GPUs; set INVERTUNE_DATA)
   --only NN          only the notebooks whose names start with NN, e.g. --only 03
@@ -15,6 +16,8 @@ usage: ./run_all.sh [PROFILE] [--only NN] [--seeds LIST] [--overrides YAML] [--j
   --overrides YAML   other settings, e.g. --overrides '{attacks: {names: [badnet]}}'
   --jobs N           processes at once (default: one a core, as far as memory is free; 1 on smoke)
   --dry-run          the plan: steps, planned exposures, what the store holds, minutes, memory
+  purify             InverTune on a model of your own: a report and purified weights
+  check              versions, device, memory, data, models, and the next command
   lab                opens JupyterLab in the same environment
 
 Executed notebooks, results.csv and runs.csv go to results/PROFILE, tables and figures to
@@ -35,15 +38,19 @@ for argument in "$@"; do
   case "$argument" in -h | --help) usage && exit 0 ;; esac
 done
 profile="${1:-mini}"
-if [ "$profile" != lab ] && [ "${profile#-}" = "$profile" ] && [ ! -f "params/$profile.yml" ]; then
+[[ "$profile" =~ ^(lab|check|purify)$ ]] && command="$profile" || command=
+if [ -z "$command" ] && [ "${profile#-}" = "$profile" ] && [ ! -f "params/$profile.yml" ]; then
   fail "unknown profile '$profile'; choose one of" \
     "$(cd params && printf '%s\n' *.yml | sed 's/\.yml$//' | paste -sd, | sed 's/,/, /g')," \
-    "or lab; see ./run_all.sh --help"
+    "or purify, check, lab; see ./run_all.sh --help"
 fi
 
 use_environment
-if [ "$profile" = lab ]; then
-  export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
-  exec "$python" -m jupyterlab --notebook-dir="$repository" "${@:2}"
-fi
+case "$command" in
+  lab)
+    export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+    exec "$python" -m jupyterlab --notebook-dir="$repository" "${@:2}"
+    ;;
+  check | purify) exec "$python" -m invertune "$@" ;;
+esac
 exec "$python" tools/run_notebooks.py "$@"

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from invertune import plan
 from invertune.settings import SettingsError, load_settings
@@ -63,14 +64,19 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--overrides", metavar="YAML", help="nested settings as YAML")
     fill = add("fill", _fill, "makes what notebooks look for in the store; also under torchrun")
     plan.add_options(fill)
-    plan.add_jobs(fill)
+    plan.add_run_options(fill)
+    purified = add("purify", _purify, "InverTune on a model of your own: report, purified weights")
+    purified.add_argument("weights", help="local-dir:FOLDER, file:CHECKPOINT, or an open_clip tag")
+    plan.add_options(purified)
+    purified.add_argument("--out", metavar="FOLDER", required=True, help="new: gets the results")
+    purified.add_argument("--rounds", type=int, choices=(1, 2), default=1, help="of steps 2 and 3")
     plan.add_options(
         add("page", _page, "writes figures/PROFILE/README.md: claims, figures, tables")
     )
     add("publish", _publish, "makes a profile's results the expected ones").add_argument("profile")
     planned = add("plan", show_plan, "steps, exposures, minutes and memory of a run")
     plan.add_options(planned)
-    plan.add_jobs(planned)
+    plan.add_run_options(planned)
     store = add("store", _store, "lists, shows or verifies stored artifacts")
     store.add_argument("action", choices=("list", "show", "verify"))
     store.add_argument("key", nargs="?", help="the first digits of a key, for show")
@@ -129,6 +135,15 @@ def show_plan(options: argparse.Namespace) -> int:
     sound = [a for a in store.entries(store.default_root()) if (a.folder / store.META).is_file()]
     held = [artifact.meta.get("step", "unknown") for artifact in sound]
     print(plan.report(settings, held, count, options.only))
+    return 0
+
+
+def _purify(options: argparse.Namespace) -> int:
+    overrides = {**plan.overrides_of(options), "weights": options.weights}
+    settings = load_settings(options.profile, overrides)
+    from invertune import purify
+
+    print(purify.purify(settings, Path(options.out), options.rounds))
     return 0
 
 

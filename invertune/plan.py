@@ -39,15 +39,15 @@ class Work:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that a plan and a run share."""
+    """The options that name settings."""
     parser.add_argument("profile", nargs="?", default="mini", help="smoke, mini or paper")
-    parser.add_argument("--only", metavar="NN", help="only the notebooks that start with NN")
     parser.add_argument("--seeds", metavar="LIST", help="seeds, separated by commas: 1,2,3")
     parser.add_argument("--overrides", metavar="YAML", help="nested settings as YAML")
 
 
-def add_jobs(parser: argparse.ArgumentParser) -> None:
-    """The option of what can compute several artifacts at once."""
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options of what goes through the notebooks, besides those that name settings."""
+    parser.add_argument("--only", metavar="NN", help="only the notebooks that start with NN")
     about = "processes at once (default: one a core, as memory allows; one on a GPU and on smoke)"
     parser.add_argument("--jobs", metavar="N", type=_count, help=about)
 

@@ -96,8 +96,12 @@ def evidence(trigger: InvertedTrigger, increase: float) -> tuple[float, float]:
     (where that ASR was never reached) the highest ASR. The mask alone would favor natural sinks
     over triggers that cover the image: a faint wave needs a larger mask than a patch.
     """
-    resisting = max(100 - increase, 1.0)
-    return trigger.mask_l1_at_equal_asr * resisting, -trigger.inverted_asr
+    return weighted_mask(trigger.mask_l1_at_equal_asr, increase), -trigger.inverted_asr
+
+
+def weighted_mask(mask_l1: float, increase: float) -> float:
+    """Mask L1 at equal ASR times the percentage of images that resist; small for a target."""
+    return mask_l1 * max(100 - increase, 1.0)
 
 
 def strongest(increases: Mapping[str, Increase]) -> str:

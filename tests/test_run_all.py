@@ -63,6 +63,8 @@ def test_help_names_every_option_without_an_environment():
         "--jobs",
         "--dry-run",
         "--overrides",
+        "purify",
+        "check",
         "lab",
     ):
         assert word in result.stdout

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None, root: Path = REPOSITORY) -> int:
     """
     parser = argparse.ArgumentParser(prog="./run_all.sh", usage="see ./run_all.sh --help")
     plan.add_options(parser)
-    plan.add_jobs(parser)
+    plan.add_run_options(parser)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(arguments)
     try:

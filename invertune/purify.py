@@ -1,0 +1,178 @@
+"""InverTune on a model of one's own: the suspected target, its trigger, and a purified copy.
+
+The steps and settings are those of the notebooks; nothing is known of any attack. What is found is
+reported without a verdict: a clean model has classes that perturbations reach, too.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+from invertune import data as datasets
+from invertune import exhibits, figures, image_figures, reports, steps, tables
+from invertune.ablation_steps import second_round
+from invertune.chain import Chain, open_chain, pretrained
+from invertune.models import (
+    CONFIG,
+    MERGES,
+    MODEL_FOLDER,
+    WEIGHTS,
+    save_weights,
+    set_state,
+    to_pixels,
+)
+from invertune.provenance import REPOSITORY
+from invertune.results import read_results
+from invertune.sections import NULLS, Settings
+from invertune.store import Artifact
+from invertune.target_identification import weighted_mask
+from invertune.weights import EMBEDDED
+
+SUSPECT = "none"  # the model of the profile's ``weights``, as it comes
+
+
+class PurifyError(ValueError):
+    """A folder that cannot take the results; says what to change."""
+
+
+def purify(settings: Settings, out: Path, rounds: int = 1) -> str:
+    """Runs steps 1 to 3 on the model that ``settings.weights`` names, and writes folder ``out``.
+
+    ``out`` gets the purified weights (float32 safetensors; with open_clip's configuration where the
+    suspect came with one, so that the folder is a local-dir), trigger.png, and README.md, whose
+    text is returned. With two ``rounds`` steps 2 and 3 are run again on what the first left.
+    Raises ``PurifyError`` where ``out`` is not an empty or new folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PurifyError(f"{out} is there and not an empty folder; name a new one")
+    chain, seed = open_chain(settings), settings.seeds[0]
+    step1 = steps.identified(chain, SUSPECT, seed)
+    names = datasets.class_names(settings.data)
+    target = names[step1.metrics["ranking"][0]]
+    chain = replace(chain, settings=settings.model_copy(update={"target": target}))
+    made = [(steps.inverted(chain, SUSPECT, seed).metrics, steps.tuned(chain, SUSPECT, seed))]
+    if rounds > 1:
+        again = second_round(chain, SUSPECT, seed)
+        made.append((again.metrics["inversion"], again))
+    out.mkdir(parents=True, exist_ok=True)
+    text = _report(chain, step1, made)
+    figures.save(trigger_figure(chain), out, "trigger")
+    _save(chain, made[-1][1], out)
+    (out / "README.md").write_text(text)
+    return text
+
+
+def _save(chain: Chain, artifact: Artifact, out: Path) -> None:
+    own, suspect = chain.settings, pretrained(chain)
+    set_state(suspect.clip, artifact.tensors("weights"), artifact.key)
+    save_weights(suspect.clip, out / WEIGHTS)
+    kind, _, place = own.weights.replace("{backbone}", own.backbone).partition(":")
+    folder = MODEL_FOLDER / own.backbone if own.weights == EMBEDDED else Path(place)
+    if own.weights == EMBEDDED or kind == "local-dir":
+        for name in (CONFIG, MERGES):
+            if (folder / name).is_file():
+                shutil.copy(folder / name, out / name)
+
+
+def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Artifact]]) -> str:
+    """The text of README.md; ``rounds``: what is kept of each inversion, and what was tuned."""
+    own, found = chain.settings, step1.metrics
+    gains = reports.largest_increases(chain, SUSPECT, own.seeds[0])
+    names = datasets.class_names(own.data)
+    candidates = [
+        {
+            "class": names[i],
+            "largest increase (points)": gains[names[i]],
+            "mask L1": size or "never",
+        }
+        for i, size in zip(found["ranking"], found["scores"], strict=True)
+    ]
+    trigger = rounds[0][0]
+    share = 100 * trigger["mask_l1"] / reports.full_mask(chain)
+    parts = [
+        f"# InverTune on {own.weights} ({own.backbone})",
+        f"Profile {own.profile}, seed {own.seeds[0]}. Rates are in percent, on "
+        f"{own.data.heldout_images} held-out clean images; no attack is known, so what a true "
+        "trigger would still do is not measured.",
+        f"## 1 Suspected target: {own.target}",
+        _table(candidates),
+        "The classes that universal perturbations reach most. *Evidence*, stronger where smaller: "
+        "the mask that a short inversion needs (L1, at equal success) times the percentage of "
+        f"images that resist the perturbations. {comparison(own)}",
+        "## 2 Inverted trigger",
+        f"It drives {trigger['inverted_asr']:.1f} % of the images to the target, with "
+        f"{share:.1f} % of the mask.",
+        "![the inverted trigger](trigger.png)",
+        "## 3 Tuning",
+        _table([_round(n, *made) for n, made in enumerate(rounds, 1)]),
+        "*Triggers*: images on which the suspected triggers of that round bring the target among "
+        f"the top {own.tuning.measure_top}. The purified weights: `{WEIGHTS}`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _round(number: int, trigger: dict[str, Any], tuned: Artifact) -> dict[str, Any]:
+    own = tuned.metrics
+    kept = next(s for s in own["states"] if (s["lr"], s["step"]) == (own["lr"], own["step"]))
+    ends = (own["suspected"], kept)
+    return {
+        "round": str(number),
+        "inverted mask L1": trigger["mask_l1"],
+        "clean accuracy": " → ".join(f"{state['clean_accuracy']:.1f}" for state in ends),
+        "triggers": " → ".join(f"{state['inverted_asr']:.1f}" for state in ends),
+        "critical layers": tables.layers(own["layers"]),
+        "critical neurons": ", ".join(str(own["neurons"][layer]) for layer in own["layers"]),
+    }
+
+
+def _table(lines: list[dict[str, Any]]) -> str:
+    cells = [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in r.values()] for r in lines]
+    return tables.markdown(list(lines[0]), cells).strip()
+
+
+def comparison(settings: Settings) -> str:
+    """In a sentence, the evidence for the first candidates of known models, clean and attacked.
+
+    From the published results of the same profile and backbone, where there are any.
+    """
+    found = known_evidence(settings.backbone) if settings.profile == "mini" else []
+    spans = {
+        kind: [value for attack, value in found if (attack in NULLS) == kind]
+        for kind in (True, False)
+    }
+    if not all(spans.values()):
+        return "Run a model known to be clean beside it: it has such classes, too."
+    clean, attacked = (f"{min(v):.0f} to {max(v):.0f}" for v in spans.values())
+    return f"For the first candidates of clean models it is {clean}, of attacked ones {attacked}."
+
+
+def known_evidence(backbone: str) -> list[tuple[str, float]]:
+    """Attack and first candidate's evidence of each published model of mini with this backbone."""
+    rows = read_results(REPOSITORY / "expected" / "mini.csv", "mini")
+    rows = rows[(rows.backbone == backbone) & (rows.defense == "none")]
+    place, name = (rows.variant.str.extract(f"{key}=([^;]+)")[0] for key in ("candidate", "class"))
+    rows = rows.assign(name=name)
+    model = ["attack", "target", "seed", "name"]
+    gains = rows[rows.metric == "increase"].groupby(model).value.max()
+    first = rows[(rows.metric == "mask_l1") & (place == "1")].set_index(model).value
+    both = pd.concat([first.rename("mask"), gains.rename("gain")], axis=1, join="inner")
+    return [(key[0], weighted_mask(r["mask"], r["gain"])) for key, r in both.iterrows()]
+
+
+@mpl.rc_context(figures.STYLE)
+def trigger_figure(chain: Chain) -> Figure:
+    """A clean image, the same with the inverted trigger, and the trigger alone."""
+    example = exhibits.trigger_example(chain, SUSPECT, chain.settings.seeds[0], inverted=True)
+    clean = exhibits.as_picture(to_pixels(exhibits.example_images(chain)[:1], chain.device)[0])
+    shown = {"clean": clean, "with the trigger": example.image, "trigger": example.trigger}
+    figure, axes = figures.canvas(1, len(shown), figures.COLUMN_IN, 1.3)
+    for chart, (title, picture) in zip(axes[0], shown.items(), strict=True):
+        image_figures.show(chart, picture, title)
+    return figure

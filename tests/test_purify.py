@@ -1,0 +1,58 @@
+"""InverTune on a model of one's own: the folder it leaves, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK
+
+from invertune.__main__ import main
+from invertune.models import MODEL_FOLDER
+from invertune.purify import PurifyError, comparison, known_evidence, purify
+from invertune.sections import NULLS
+from invertune.settings import load_settings
+from invertune.store import entries
+from invertune.weights import load_clip
+
+SUSPECT = f"local-dir:{MODEL_FOLDER / 'RN50'}"
+
+
+def test_the_folder_holds_the_purified_model_and_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INVERTUNE_STORE", str(tmp_path / "store"))
+    settings = load_settings("smoke", {**QUICK, "weights": SUSPECT})
+    out = tmp_path / "purified"
+    report = purify(settings, out, rounds=2)
+    assert (out / "README.md").read_text() == report and (out / "trigger.png").is_file()
+    assert report.startswith(f"# InverTune on {SUSPECT} (RN50)")
+    assert "## 1 Suspected target: " in report and "\n| 2 |" in report
+    made = {a.meta["step"]: a for a in entries(tmp_path / "store")}
+    clip, _ = load_clip("RN50", f"local-dir:{out}")
+    kept = made["second_round"].tensors("weights")
+    assert all(torch.equal(v, kept[k]) for k, v in clip.net.state_dict().items())
+    before = load_clip("RN50", SUSPECT)[0].net.state_dict()
+    changed = {".".join(k.split(".")[:2]) for k, v in kept.items() if not torch.equal(v, before[k])}
+    critical = {
+        layer for step in ("tuning", "second_round") for layer in made[step].metrics["layers"]
+    }
+    assert changed and changed <= critical
+    with pytest.raises(PurifyError, match="not an empty folder"):
+        purify(settings, out)
+
+
+def test_known_models_stand_beside_it() -> None:
+    found = known_evidence("RN50")
+    attacked = [value for attack, value in found if attack not in NULLS]
+    clean = [value for attack, value in found if attack in NULLS]
+    assert len(attacked) >= 18 and len(clean) >= 6
+    said = comparison(load_settings("mini"))
+    assert f"{min(clean):.0f} to" in said and f"to {max(attacked):.0f}." in said
+    assert "known to be clean" in comparison(load_settings("smoke"))
+
+
+def test_unknown_weights_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["purify", "nosuch", "smoke", "--out", str(tmp_path / "out")]) == 2
+    assert "nosuch" in capsys.readouterr().err and not (tmp_path / "out").exists()
