@@ -7,6 +7,7 @@ reported without a verdict: a clean model has classes that perturbations reach, 
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,15 @@ def purify(settings: Settings, out: Path, rounds: int = 1) -> str:
     if rounds > 1:
         again = second_round(chain, SUSPECT, seed)
         made.append((again.metrics["inversion"], again))
-    out.mkdir(parents=True, exist_ok=True)
     text = _report(chain, step1, made)
-    figures.save(trigger_figure(chain), out, "trigger")
-    _save(chain, made[-1][1], out)
-    (out / "README.md").write_text(text)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as work:
+        part = Path(work) / out.name  # out gets all of it or nothing
+        part.mkdir()
+        figures.save(trigger_figure(chain), part, "trigger")
+        _save(chain, made[-1][1], part)
+        (part / "README.md").write_text(text)
+        part.replace(out)
     return text
 
 
@@ -91,6 +96,7 @@ def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Ar
             "class": names[i],
             "largest increase (points)": gains[names[i]],
             "mask L1": size or "never",
+            "evidence": weighted_mask(size, gains[names[i]]) if size else "none",
         }
         for i, size in zip(found["ranking"], found["scores"], strict=True)
     ]

@@ -28,7 +28,7 @@ def test_the_folder_holds_the_purified_model_and_a_report(
     report = purify(settings, out, rounds=2)
     assert (out / "README.md").read_text() == report and (out / "trigger.png").is_file()
     assert report.startswith(f"# InverTune on {SUSPECT} (RN50)")
-    assert "## 1 Suspected target: " in report and "\n| 2 |" in report
+    assert "| evidence |" in report and "## 1 Suspected target: " in report and "\n| 2 |" in report
     made = {a.meta["step"]: a for a in entries(tmp_path / "store")}
     clip, _ = load_clip("RN50", f"local-dir:{out}")
     kept = made["second_round"].tensors("weights")
