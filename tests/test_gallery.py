@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from invertune import gallery, results
+from invertune.settings import load_settings
 
 
 def row(defense: str, seed: int) -> dict[str, str]:
@@ -28,6 +29,16 @@ def test_the_page_names_what_is_not_run_and_the_seeds_of_what_is(tmp_path: Path)
     assert "not run yet" in parts["Figure 5(a)"]
     assert page.count("![") == 1 and "![rebound](rebound.png)" in page
     assert "UNTESTED" in page and "no row with" in page
+
+
+def test_a_run_shows_its_own_seeds(tmp_path: Path) -> None:
+    (tmp_path / "figures" / "mini").mkdir(parents=True)
+    (tmp_path / "figures" / "mini" / "table1.csv").touch()
+    rows = [row("none", 4), row("none", 5)]
+    results.write_rows(rows, tmp_path / "results" / "mini" / "results.csv")
+    path = gallery.write(load_settings("mini", {"seeds": [5]}), tmp_path)
+    assert path == tmp_path / "figures" / "mini" / "README.md"
+    assert "05_baselines.ipynb), seed 5 · " in path.read_text()
 
 
 def test_seeds_in_words() -> None:
