@@ -45,6 +45,8 @@ def table2_figure(
         chart.set_xlabel(rf"$\lambda_{weight[-1]}$ (no unit)")
     for chart in axes[:, 0]:
         chart.set_ylabel(titles[metric])
+    if metric == "mask_l1":
+        axes[0, 0].set_yscale("log")  # a whole mask stands for an ASR never reached
     if metric == "inverted_asr":
         axes[0, 0].set_ylim(-3, 105)  # a line at 0 is seen
     figures.legend_above(figure, axes[0, 0])
