@@ -1,7 +1,7 @@
 """One page of all that a profile has left: its claims with verdicts, every figure and table.
 
-figures/PROFILE/README.md, written at the end of a run; ``python -m tools.update_readme`` writes the
-committed one of mini from the published results.
+figures/PROFILE/README.md, written after each notebook of a run; ``python -m tools.update_readme``
+writes the committed one of mini from the published results.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _claims(results: pd.DataFrame) -> list[str]:
     return [
         f"{counted(judged)}. HOLDS: in every seed, by more than the seeds differ; FAILS: in none; "
         "UNDECIDED: neither; UNTESTED: rows are missing.",
-        tables.markdown(list(frame.columns), frame.fillna("").values.tolist()).strip(),
+        tables.frame_markdown(frame).strip(),
     ]
 
 

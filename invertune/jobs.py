@@ -105,7 +105,7 @@ def default_count(settings: Settings) -> int:
     peak = plan.peak_mb(settings)
     if peak is None or (settings.device != "cpu" and torch.cuda.is_available()):
         return 1
-    minutes = sum(plan.minutes_of(work, settings) for work in plan.planned(settings))
+    minutes = sum(plan.minutes_of(plan.planned(settings), settings))
     fitting = psutil.virtual_memory().available / 1e6 / peak
     return max(1, min(cores(), int(fitting), int(minutes)))
 

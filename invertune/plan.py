@@ -197,7 +197,7 @@ def report(settings: Settings, held: Sequence[str], jobs: int, only: str | None 
     """
     size, rates, peak = settings.data.image_size_px, _measured(settings), peak_mb(settings, only)
     chosen = [w for w in planned(settings) if w.notebook.startswith(only or "")]
-    minutes = [minutes_of(w, settings) / jobs for w in chosen]
+    minutes = [alone / jobs for alone in minutes_of(chosen, settings)]
     memory = "not measured yet" if peak is None else f"{jobs * peak:,} MB"
     steps = ", ".join(f"{n} {step}" for step, n in sorted(Counter(held).items())) or "nothing"
     return "\n".join(
@@ -227,10 +227,10 @@ def _measured(settings: Settings) -> dict[str, Any]:
     return next((r for r in measured if r["image_size_px"] == settings.data.image_size_px), {})
 
 
-def minutes_of(work: Work, settings: Settings) -> float:
-    """Minutes of one process for ``work``, at most; NaN where its rate is not measured."""
-    speed = _measured(settings).get("images_per_second", {}).get(work.rate, math.nan)
-    return work.total / speed / 60
+def minutes_of(chosen: Sequence[Work], settings: Settings) -> list[float]:
+    """Minutes of one process for each work, at most; NaN where its rate is not measured."""
+    speeds = _measured(settings).get("images_per_second", {})
+    return [work.total / speeds.get(work.rate, math.nan) / 60 for work in chosen]
 
 
 def peak_mb(settings: Settings, only: str | None = None) -> int | None:

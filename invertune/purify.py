@@ -20,21 +20,13 @@ from invertune import data as datasets
 from invertune import exhibits, figures, image_figures, reports, steps, tables
 from invertune.ablation_steps import second_round
 from invertune.chain import Chain, open_chain, pretrained
-from invertune.models import (
-    CONFIG,
-    MERGES,
-    MODEL_FOLDER,
-    WEIGHTS,
-    save_weights,
-    set_state,
-    to_pixels,
-)
+from invertune.models import CONFIG, MERGES, WEIGHTS, save_weights, set_state, to_pixels
 from invertune.provenance import REPOSITORY
 from invertune.results import read_results
 from invertune.sections import NULLS, Settings
 from invertune.store import Artifact
 from invertune.target_identification import weighted_mask
-from invertune.weights import EMBEDDED
+from invertune.weights import local_dir
 
 SUSPECT = "none"  # the model of the profile's ``weights``, as it comes
 
@@ -78,12 +70,10 @@ def _save(chain: Chain, artifact: Artifact, out: Path) -> None:
     own, suspect = chain.settings, pretrained(chain)
     set_state(suspect.clip, artifact.tensors("weights"), artifact.key)
     save_weights(suspect.clip, out / WEIGHTS)
-    kind, _, place = own.weights.replace("{backbone}", own.backbone).partition(":")
-    folder = MODEL_FOLDER / own.backbone if own.weights == EMBEDDED else Path(place)
-    if own.weights == EMBEDDED or kind == "local-dir":
-        for name in (CONFIG, MERGES):
-            if (folder / name).is_file():
-                shutil.copy(folder / name, out / name)
+    folder = local_dir(own.backbone, own.weights)
+    for name in (CONFIG, MERGES):
+        if folder and (folder / name).is_file():
+            shutil.copy(folder / name, out / name)
 
 
 def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Artifact]]) -> str:
@@ -100,6 +90,7 @@ def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Ar
         }
         for i, size in zip(found["ranking"], found["scores"], strict=True)
     ]
+    tuned = [_round(number, *made) for number, made in enumerate(rounds, 1)]
     trigger = rounds[0][0]
     share = 100 * trigger["mask_l1"] / reports.full_mask(chain)
     parts = [
@@ -108,7 +99,7 @@ def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Ar
         f"{own.data.heldout_images} held-out clean images; no attack is known, so what a true "
         "trigger would still do is not measured.",
         f"## 1 Suspected target: {own.target}",
-        _table(candidates),
+        tables.frame_markdown(pd.DataFrame(candidates), 1).strip(),
         "The classes that universal perturbations reach most. *Evidence*, stronger where smaller: "
         "the mask that a short inversion needs (L1, at equal success) times the percentage of "
         f"images that resist the perturbations. {comparison(own)}",
@@ -117,7 +108,7 @@ def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Ar
         f"{share:.1f} % of the mask.",
         "![the inverted trigger](trigger.png)",
         "## 3 Tuning",
-        _table([_round(n, *made) for n, made in enumerate(rounds, 1)]),
+        tables.frame_markdown(pd.DataFrame(tuned), 1).strip(),
         "*Triggers*: images on which the suspected triggers of that round bring the target among "
         f"the top {own.tuning.measure_top}. The purified weights: `{WEIGHTS}`.",
     ]
@@ -138,25 +129,20 @@ def _round(number: int, trigger: dict[str, Any], tuned: Artifact) -> dict[str, A
     }
 
 
-def _table(lines: list[dict[str, Any]]) -> str:
-    cells = [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in r.values()] for r in lines]
-    return tables.markdown(list(lines[0]), cells).strip()
-
-
 def comparison(settings: Settings) -> str:
     """In a sentence, the evidence for the first candidates of known models, clean and attacked.
 
     From the published results of the same profile and backbone, where there are any.
     """
     found = known_evidence(settings.backbone) if settings.profile == "mini" else []
-    spans = {
-        kind: [value for attack, value in found if (attack in NULLS) == kind]
-        for kind in (True, False)
-    }
-    if not all(spans.values()):
+    clean = [value for attack, value in found if attack in NULLS]
+    attacked = [value for attack, value in found if attack not in NULLS]
+    if not (clean and attacked):
         return "Run a model known to be clean beside it: it has such classes, too."
-    clean, attacked = (f"{min(v):.0f} to {max(v):.0f}" for v in spans.values())
-    return f"For the first candidates of clean models it is {clean}, of attacked ones {attacked}."
+    return (
+        f"For the first candidates of clean models it is {min(clean):.0f} to {max(clean):.0f}, "
+        f"of attacked ones {min(attacked):.0f} to {max(attacked):.0f}."
+    )
 
 
 def known_evidence(backbone: str) -> list[tuple[str, float]]:

@@ -177,17 +177,26 @@ def write_table(frame: pd.DataFrame, folder: Path, name: str, decimals: int = 2)
     dash elsewhere. The same frame gives the same bytes.
     """
     header = [str(column) for column in frame.columns]
-    cells = [[_cell(v, decimals) for v in line] for line in frame.itertuples(index=False)]
+    cells = _cells(frame, decimals)
     csv = pd.DataFrame(cells, columns=header).to_csv(index=False, lineterminator="\n")
     texts = {"csv": csv, "md": markdown(header, cells), "tex": latex(header, cells)}
     for suffix, text in texts.items():
         write_atomic(folder / f"{name}.{suffix}", text.encode())
 
 
+def _cells(frame: pd.DataFrame, decimals: int) -> list[list[str]]:
+    return [[_cell(v, decimals) for v in line] for line in frame.itertuples(index=False)]
+
+
 def _cell(value: object, decimals: int) -> str:
     if pd.isna(value):  # type: ignore[call-overload]
         return ""
     return f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
+
+
+def frame_markdown(frame: pd.DataFrame, decimals: int = 2) -> str:
+    """``frame`` (without its index) as the Markdown table that ``write_table`` writes."""
+    return markdown([str(column) for column in frame.columns], _cells(frame, decimals))
 
 
 def markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

@@ -18,6 +18,7 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
 from invertune.checkpoints import import_checkpoint
 from invertune.models import (
+    MODEL_FOLDER,
     WEIGHTS,
     WEIGHTS_LOCK,
     Clip,
@@ -65,6 +66,14 @@ def random_clip(backbone: str, weights: str, device: torch.device | str = "cpu")
 def for_any_backbone(weights: str) -> bool:
     """Whether ``weights`` name another model for another backbone, and not always the same one."""
     return "{backbone}" in weights or not set(":/") & set(weights)
+
+
+def local_dir(backbone: str, weights: str) -> Path | None:
+    """The folder with open_clip's configuration that ``weights`` name; None for a tag or a file."""
+    if weights == EMBEDDED:
+        return MODEL_FOLDER / backbone
+    kind, place = _parts(backbone, weights)
+    return Path(place) if kind == "local-dir" else None
 
 
 def state(backbone: str, weights: str) -> str:
