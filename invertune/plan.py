@@ -198,7 +198,7 @@ def report(settings: Settings, held: Sequence[str], jobs: int, only: str | None 
     size, rates, peak = settings.data.image_size_px, _measured(settings), peak_mb(settings, only)
     chosen = [w for w in planned(settings) if w.notebook.startswith(only or "")]
     minutes = [alone / jobs for alone in minutes_of(chosen, settings)]
-    memory = "not measured yet" if peak is None else f"{jobs * peak:,} MB"
+    memory = "not measured yet" if peak is None else f"at most {jobs * peak:,} MB"
     steps = ", ".join(f"{n} {step}" for step, n in sorted(Counter(held).items())) or "nothing"
     return "\n".join(
         [

@@ -20,7 +20,7 @@ from invertune import data as datasets
 from invertune import exhibits, figures, image_figures, reports, steps, tables
 from invertune.ablation_steps import second_round
 from invertune.chain import Chain, open_chain, pretrained
-from invertune.models import CONFIG, MERGES, WEIGHTS, save_weights, set_state, to_pixels
+from invertune.models import MERGES, WEIGHTS, save_weights, set_state, to_pixels
 from invertune.provenance import REPOSITORY
 from invertune.results import read_results
 from invertune.sections import NULLS, Settings
@@ -29,6 +29,7 @@ from invertune.target_identification import weighted_mask
 from invertune.weights import local_dir
 
 SUSPECT = "none"  # the model of the profile's ``weights``, as it comes
+CONFIGURATION = (".json", ".txt", ".model")  # of open_clip, and of a tokenizer of transformers
 
 
 class PurifyError(ValueError):
@@ -71,9 +72,9 @@ def _save(chain: Chain, artifact: Artifact, out: Path) -> None:
     set_state(suspect.clip, artifact.tensors("weights"), artifact.key)
     save_weights(suspect.clip, out / WEIGHTS)
     folder = local_dir(own.backbone, own.weights)
-    for name in (CONFIG, MERGES):
-        if folder and (folder / name).is_file():
-            shutil.copy(folder / name, out / name)
+    for path in folder.iterdir() if folder else ():
+        if path.name == MERGES or path.suffix in CONFIGURATION:
+            shutil.copy(path, out / path.name)
 
 
 def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Artifact]]) -> str:

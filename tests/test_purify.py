@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,24 +17,25 @@ from invertune.settings import load_settings
 from invertune.store import entries
 from invertune.weights import load_clip
 
-SUSPECT = f"local-dir:{MODEL_FOLDER / 'RN50'}"
-
 
 def test_the_folder_holds_the_purified_model_and_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INVERTUNE_STORE", str(tmp_path / "store"))
-    settings = load_settings("smoke", {**QUICK, "weights": SUSPECT})
+    suspect = shutil.copytree(MODEL_FOLDER / "RN50", tmp_path / "suspect")
+    (suspect / "special_tokens_map.json").write_text("{}")  # as of a tokenizer of transformers
+    settings = load_settings("smoke", {**QUICK, "weights": f"local-dir:{suspect}"})
     out = tmp_path / "purified"
     report = purify(settings, out, rounds=2)
     assert (out / "README.md").read_text() == report and (out / "trigger.png").is_file()
-    assert report.startswith(f"# InverTune on {SUSPECT} (RN50)")
+    assert report.startswith(f"# InverTune on local-dir:{suspect} (RN50)")
+    assert (out / "special_tokens_map.json").read_text() == "{}"
     assert "| evidence |" in report and "## 1 Suspected target: " in report and "\n| 2 |" in report
     made = {a.meta["step"]: a for a in entries(tmp_path / "store")}
     clip, _ = load_clip("RN50", f"local-dir:{out}")
     kept = made["second_round"].tensors("weights")
     assert all(torch.equal(v, kept[k]) for k, v in clip.net.state_dict().items())
-    before = load_clip("RN50", SUSPECT)[0].net.state_dict()
+    before = load_clip("RN50", settings.weights)[0].net.state_dict()
     changed = {".".join(k.split(".")[:2]) for k, v in kept.items() if not torch.equal(v, before[k])}
     critical = {
         layer for step in ("tuning", "second_round") for layer in made[step].metrics["layers"]
