@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,12 +25,11 @@ from invertune.activations import (
 )
 from invertune.losses import Objective, tuning_objective
 from invertune.metrics import attack_success_rate, clean_accuracy, predictions
-from invertune.models import Clip, clone, embed_images, set_state, to_pixels
+from invertune.models import Clip, clone, embed_images, to_pixels
 from invertune.sections import Tuning
-from invertune.training import Recipe, fit, generator
+from invertune.training import Recipe, choose_lr, fit, generator
 from invertune.triggers import Trigger
 
-TIE_POINTS = 0.5
 Measure = Callable[[Clip], tuple[float, float]]
 
 
@@ -39,7 +37,7 @@ Measure = Callable[[Clip], tuple[float, float]]
 class State:
     """One measured state: rates in percent on held-out images, losses on the tuning batch.
 
-    ``inverted_asr`` is that of all suspected triggers, within the top ``settings.measure_top``.
+    ``inverted_asr`` is that of all suspected triggers in turn.
     """
 
     lr: float
@@ -54,9 +52,9 @@ class State:
 class Tuned:
     """The purified ``clip`` and how it came about.
 
-    ``neurons`` holds a bool mask per critical layer; ``kept`` is the chosen one of the ``states``;
-    ``qualified`` is False where every state lost more accuracy than allowed; ``suspected`` is the
-    model before tuning (step 0); ``log`` has the losses of every rate.
+    ``neurons`` holds a bool mask per critical layer; ``kept`` is the last of the ``states`` at the
+    chosen rate; ``qualified`` is False where every rate lost more accuracy than allowed;
+    ``suspected`` is the model before tuning (step 0); ``log`` has the losses of every rate run.
     """
 
     clip: Clip
@@ -86,13 +84,10 @@ def tune(
     ``images`` [N, 3, H, W] are unlabeled clean images, of which ``settings.images`` are used;
     ``found`` are the suspected triggers, the inverted one first, which images take in turn;
     ``heldout`` with ``heldout_labels`` [M] are other clean images; ``head`` [C, D] holds the unit
-    class embeddings and ``target`` the identified class. Every rate of ``settings.lrs`` is run
-    and measured; the returned weights are those of the state that ``choose`` takes, which looks at
-    the suspected model, the held-out clean images and the suspected triggers only. A trigger
-    succeeds where the target is among the ``settings.measure_top`` nearest classes: it loses the
-    first place long before images leave the target's neighborhood. Where the suspected triggers
-    still succeed on more than ``settings.widen_above_percent`` of the held-out images, the three
-    layers of largest impact are tuned instead, if that leaves less.
+    class embeddings and ``target`` the identified class. The rate is the largest of
+    ``settings.lrs`` that keeps the allowed clean accuracy on the held-out images, as for every
+    baseline: how far tuning goes does not depend on the suspected triggers, which need not be
+    what the attacker planted.
     Raises ``ValueError`` for too few images, ``TrainingError`` for a loss that is not finite.
     """
     suspected = clone(clip)
@@ -101,78 +96,35 @@ def tune(
     diverse = diverse_indices(predicted.cpu(), target, settings.images, seed)
     clean = to_pixels(images[diverse], clip.device)
     triggered = triggers.in_turn(found, clean)
-    measurer = partial(
-        _measurer, suspected, found, heldout, heldout_labels, head, target, settings.measure_top
-    )
-
-    def tuned_by(own: Tuning) -> Tuned:
-        return _tune(suspected, clean, triggered, head, measurer, own, seed)
-
-    first = tuned_by(settings)
-    if settings.layer_rule == "top3" or first.kept.inverted_asr <= settings.widen_above_percent:
-        return first
-    wider = tuned_by(settings.model_copy(update={"layer_rule": "top3"}))
-    accuracy, allowed = first.suspected.clean_accuracy, settings.allowed_ca_drop_points
-    return (first, wider)[choose([first.kept, wider.kept], accuracy, allowed)[0]]
-
-
-def _tune(
-    suspected: Clip,
-    clean: Tensor,
-    triggered: Tensor,
-    head: Tensor,
-    measurer: Callable[[str | None], Measure],
-    settings: Tuning,
-    seed: int,
-) -> Tuned:
-    """``tune`` with one selection of layers."""
     impacts, selection, neurons = locate(suspected, clean, triggered, settings, seed)
     fixed = settings.trainable == "critical_rows" and settings.bn_mode == "eval"
     first = next(iter(neurons)) if fixed else None  # nothing before it can change
     losses = tuning_objective(suspected, first, clean, triggered, neurons, head, settings, seed)
-    measure = measurer(first)
-    before = _state(0.0, 0, measure(suspected), losses(suspected, 0))
+    measure = _measurer(suspected, found, heldout, heldout_labels, head, target, first)
     rows = rows_to_train(suspected, neurons, settings.trainable)
-    runs = [_tune_at(lr, suspected, losses, rows, measure, settings) for lr in settings.lrs]
-    measured = [pair for run, _ in runs for pair in run]
-    index, qualified = choose(
-        [state for state, _ in measured], before.clean_accuracy, settings.allowed_ca_drop_points
-    )
-    chosen, weights = measured[index]
+    before = _state(0.0, 0, measure(suspected), losses(suspected, 0))
+    runs: dict[float, _Run] = {}
+
+    def accuracy_at(lr: float) -> float:
+        runs[lr] = _tune_at(lr, suspected, losses, rows, measure, settings)
+        return runs[lr].states[-1].clean_accuracy
+
+    lowest = before.clean_accuracy - settings.allowed_ca_drop_points
+    lr, qualified, _ = choose_lr(settings.lrs, accuracy_at, lowest)
     purified = clone(suspected)
+    purified.net.load_state_dict(runs[lr].clip.net.state_dict())
     purified.net.requires_grad_(True)
-    set_state(purified, {**purified.net.state_dict(), **weights})
     return Tuned(
         purified,
         selection,
         impacts,
         neurons,
-        chosen,
+        runs[lr].states[-1],
         qualified,
         before,
-        tuple(s for s, _ in measured),
-        [r for _, log in runs for r in log],
+        tuple(state for run in runs.values() for state in run.states),
+        [{"lr": rate, **row} for rate, run in runs.items() for row in run.log],
     )
-
-
-def choose(
-    states: Sequence[State], suspected_accuracy: float, allowed_drop: float
-) -> tuple[int, bool]:
-    """Index of the state to keep, and whether any state qualified.
-
-    A state qualifies with a held-out clean accuracy at most ``allowed_drop`` points below the
-    suspected model's. Among those the lowest inverted ASR wins; of the states within half a point
-    of it, the one with the highest clean accuracy, then the earliest. If none qualifies: the
-    highest clean accuracy of all.
-    """
-    qualified = [
-        i for i, s in enumerate(states) if s.clean_accuracy >= suspected_accuracy - allowed_drop
-    ]
-    if not qualified:
-        return max(range(len(states)), key=lambda i: states[i].clean_accuracy), False
-    lowest = min(states[i].inverted_asr for i in qualified)
-    tied = [i for i in qualified if states[i].inverted_asr <= lowest + TIE_POINTS]
-    return max(tied, key=lambda i: states[i].clean_accuracy), True
 
 
 def diverse_indices(predicted: Tensor, target: int, count: int, seed: int) -> Tensor:
@@ -202,7 +154,6 @@ def _measurer(
     labels: Tensor,
     head: Tensor,
     target: int,
-    top: int,
     first: str | None,
 ) -> Measure:
     """Function from a tuned model to its held-out clean accuracy and inverted ASR, in percent."""
@@ -224,7 +175,7 @@ def _measurer(
         visual.train(training)
         return (
             clean_accuracy(features, head, labels).value,
-            attack_success_rate(attacked, head, labels[others], target, top).value,
+            attack_success_rate(attacked, head, labels[others], target).value,
         )
 
     return measure
@@ -234,6 +185,15 @@ def _state(lr: float, step: int, rates: tuple[float, float], terms: Mapping[str,
     return State(lr, step, *rates, terms["activation"].item(), terms["preserve"].item())
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Phase 3 at one rate: the tuned model, what was measured on the way, and its losses."""
+
+    clip: Clip
+    states: tuple[State, ...]
+    log: list[dict[str, float]]
+
+
 def _tune_at(
     lr: float,
     suspected: Clip,
@@ -241,29 +201,20 @@ def _tune_at(
     rows: Mapping[str, Tensor],
     measure: Measure,
     settings: Tuning,
-) -> tuple[list[tuple[State, dict[str, Tensor]]], list[dict[str, float]]]:
-    """Phase 3 at one rate: each measured state with the tensors it changed, and the log."""
-    original, tuned = suspected.net.state_dict(), clone(suspected)
+) -> _Run:
+    tuned, states = clone(suspected), []
     tuned.net.get_submodule("visual").train(settings.bn_mode == "train")
     train_only(tuned.net, rows)
-    measured = []
-
-    def record(step: int, terms: Mapping[str, Tensor]) -> None:
-        changed = {
-            name: tensor.cpu().clone()
-            for name, tensor in tuned.net.state_dict().items()
-            if not torch.equal(tensor, original[name])
-        }
-        measured.append((_state(lr, step, measure(tuned), terms), changed))
 
     def loss_at(step: int) -> dict[str, Tensor]:
         terms = losses(tuned, step)
         if step > 0 and step % settings.measure_every_steps == 0:
-            record(step, terms)
+            states.append(_state(lr, step, measure(tuned), terms))
         return terms
 
     recipe = Recipe(settings.steps, lr, weight_decay=0.0, schedule="constant")
     log = fit(tuned.net, loss_at, recipe, label=f"tuning at {lr:g}")
     with torch.no_grad():
-        record(settings.steps, losses(tuned, settings.steps))
-    return measured, [{"lr": lr, **row} for row in log]
+        last = losses(tuned, settings.steps)
+    states.append(_state(lr, settings.steps, measure(tuned), last))
+    return _Run(tuned, tuple(states), log)

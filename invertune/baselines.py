@@ -27,6 +27,7 @@ from invertune.training import (
     BatchError,
     Recipe,
     TrainingError,
+    choose_lr,
     contrastive_loss,
     fit,
     pair_features,
@@ -229,25 +230,6 @@ BASELINES: Mapping[str, Callable[[Clip, Pairs, Baselines, float, int, Path | Non
     "cleanerclip": functools.partial(_run, "cleanerclip", cleanerclip),
     "par": functools.partial(_run, "par", par),
 }
-
-
-def choose_lr(
-    lrs: Sequence[float], accuracy_at: Callable[[float], float], lowest: float
-) -> tuple[float, bool, tuple[tuple[float, float | None], ...]]:
-    """The largest rate with a held-out accuracy of at least ``lowest``; whether there is one.
-
-    ``accuracy_at(lr)`` trains and measures; it is called from the largest rate down, and no more
-    after the first that qualifies. If none does: the rate with the highest accuracy. The third
-    value pairs every rate, largest first, with its accuracy (None: not run).
-    """
-    order, measured = sorted(lrs, reverse=True), {}
-    for lr in order:
-        measured[lr] = accuracy_at(lr)
-        if measured[lr] >= lowest:
-            break
-    qualified = measured[lr] >= lowest
-    best = lr if qualified else max(measured, key=lambda rate: measured[rate])
-    return best, qualified, tuple((rate, measured.get(rate)) for rate in order)
 
 
 def defend(

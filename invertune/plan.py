@@ -177,12 +177,11 @@ def _ablations(settings: Settings) -> list[Work]:
 def invertune_passes(settings: Settings) -> dict[str, int]:
     """Image passes of InverTune's steps on one suspected model, at most."""
     step1, step3 = settings.identification, settings.tuning
-    widens = step3.widen_above_percent < 100 and step3.layer_rule != "top3"
     return {
         "perturbations": len(step1.kinds) * _passes(step1),
         "candidate check": step1.candidates * step1.check_steps * step1.batch,
         "inversion": _passes(settings.inversion),
-        "tuning": len(step3.lrs) * _passes(step3) * (1 + widens),
+        "tuning": len(step3.lrs) * _passes(step3),
     }
 
 
@@ -214,7 +213,7 @@ def report(settings: Settings, held: Sequence[str], jobs: int, only: str | None 
             "",
             f"jobs at once: {jobs}; memory of all: {memory}",
             f"rates of one measured on: {rates.get('device', f'nothing yet at {size} px')}",
-            "counted at most: baselines with every rate, step 3 with both choices of layers",
+            "counted at most: baselines and step 3 with every rate of their grids",
             f"the store holds: {steps}; what it holds for these settings is "
             "found in 0 s and not computed again",
         ]

@@ -110,8 +110,8 @@ def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Ar
         "![the inverted trigger](trigger.png)",
         "## 3 Tuning",
         tables.frame_markdown(pd.DataFrame(tuned), 1).strip(),
-        "*Triggers*: images on which the suspected triggers of that round bring the target among "
-        f"the top {own.tuning.measure_top}. The purified weights: `{WEIGHTS}`.",
+        "*Triggers*: images that the suspected triggers of that round drive to the target. "
+        f"The purified weights: `{WEIGHTS}`.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -163,10 +163,8 @@ class Tuning(Section):
     images: Count
     batch: Count
     measure_every_steps: Count
-    measure_top: Count
     allowed_ca_drop_points: Percent
     layer_rule: Literal["mean_plus_std", "top3"]
-    widen_above_percent: Percent
     neuron: Literal["channel", "unit"]
     clusters: Annotated[int, Field(ge=2)]
     trainable: Literal["critical_rows", "all_visual"]
@@ -261,7 +259,7 @@ def _changes(section: type[Section], *fixed: str) -> type[Section]:
 
 InversionChanges = _changes(Inversion, "lr", "batch", "measure_every_steps", "asr_floor_percent")
 _FIXED = ("triggers", "steps", "batch", "measure_every_steps", "allowed_ca_drop_points")
-TuningChanges = _changes(Tuning, *_FIXED, "widen_above_percent", "reduction")
+TuningChanges = _changes(Tuning, *_FIXED, "reduction")
 WEIGHTS = ("lambda1", "lambda2", "lambda3", "lambda4")
 INVERSION_SWITCHES = tuple(n for n in InversionChanges.model_fields if n not in WEIGHTS)
 TUNING_SWITCHES = tuple(n for n in TuningChanges.model_fields if n != "beta")

@@ -207,5 +207,5 @@ def test_the_plan_counts_every_changed_value_once() -> None:
     work = {w.step: w.total for w in planned(load_settings("mini")) if w.notebook == "07_ablations"}
     assert work["loss weights"] == 6 * 12 * 200 * 64
     own = load_settings("mini").tuning
-    tuning = 2 * own.steps * own.batch * len(own.lrs)  # with either choice of layers
+    tuning = own.steps * own.batch * len(own.lrs)
     assert work["perturbation"] == 6 * 2 * tuning and work["beta"] == 5 * tuning

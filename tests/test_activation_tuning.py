@@ -1,4 +1,4 @@
-"""Activation tuning (paper, section 3.3): losses, masked updates, the choice of state."""
+"""Activation tuning (paper, section 3.3): losses, masked updates, the choice of rate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from tiny import pixels, tiny
 from torch import Tensor, nn
 
-from invertune.activation_tuning import State, Tuned, choose, diverse_indices, tune
+from invertune.activation_tuning import Tuned, diverse_indices, tune
 from invertune.activations import maps_from, prefix_to, rows_to_train, tail_from
 from invertune.losses import activation_loss, align_ratio_loss, preserve_feature_loss, preserve_loss
 from invertune.models import Clip, image_features
@@ -71,8 +71,7 @@ def baseline(planted) -> Tuned:
 
 
 def run(planted: SimpleNamespace, seed: int = 0, **changes) -> Tuned:
-    quick = {"steps": 6, "images": 10, "batch": 10, "lrs": (0.001,)}
-    quick |= {"measure_every_steps": 3, "measure_top": 1}
+    quick = {"steps": 6, "images": 10, "batch": 10, "lrs": (0.001,), "measure_every_steps": 3}
     halves = slice(0, 30), slice(30, 60)
     return tune(
         planted.clip,
@@ -161,24 +160,6 @@ def test_the_norm_losses_have_a_finite_gradient_at_zero():
     assert features.grad.eq(0).all()
 
 
-def state(accuracy: float, asr: float) -> State:
-    return State(0.001, 20, accuracy, asr, 0.0, 0.0)
-
-
-def test_the_lowest_inverted_asr_within_the_allowance_is_chosen():
-    states = [state(60, 50), state(56, 10), state(55.9, 0)]
-    assert choose(states, 60, 4) == (1, True)
-
-
-def test_within_half_a_point_of_asr_the_higher_accuracy_is_chosen():
-    states = [state(57, 1.0), state(59, 1.5), state(60, 1.6), state(59, 1.5)]
-    assert choose(states, 60, 4) == (1, True)
-
-
-def test_if_no_state_qualifies_the_highest_accuracy_is_kept_and_said_so():
-    assert choose([state(40, 0), state(50, 30), state(45, 1)], 60, 4) == (1, False)
-
-
 def test_tuning_images_are_diverse_seeded_and_never_the_target():
     predicted = torch.tensor([0] * 50 + [1] * 3 + [2] * 2 + [TARGET] * 20)
     rows = diverse_indices(predicted, TARGET, 8, seed=0)
@@ -189,28 +170,6 @@ def test_tuning_images_are_diverse_seeded_and_never_the_target():
     assert not torch.equal(rows, diverse_indices(predicted, TARGET, 8, seed=1))
     with pytest.raises(ValueError, match=r"tuning\.images = 56, but only 55"):
         diverse_indices(predicted, TARGET, 56, seed=0)
-
-
-def test_layers_are_widened_only_where_the_trigger_survives(planted):
-    narrow = run(planted, allowed_ca_drop_points=100, widen_above_percent=100)
-    assert len(narrow.selection.layers) < 3 and narrow.kept.inverted_asr > 0
-    wide = run(planted, allowed_ca_drop_points=100, widen_above_percent=0)
-    top3 = run(planted, allowed_ca_drop_points=100, layer_rule="top3")
-    assert len(top3.selection.layers) == 3
-    best = min(narrow.kept.inverted_asr, top3.kept.inverted_asr)
-    assert wide.kept in (narrow.kept, top3.kept) and wide.kept.inverted_asr <= best + 0.5
-    assert (
-        run(planted, allowed_ca_drop_points=100, widen_above_percent=narrow.kept.inverted_asr).kept
-        == narrow.kept
-    )
-
-
-def test_a_trigger_succeeds_where_the_target_is_in_the_measured_top(planted):
-    measured = [run(planted, measure_top=top).states for top in (1, 2, CLASSES)]
-    rates = torch.tensor([[state.inverted_asr for state in states] for states in measured])
-    assert (rates[0] <= rates[1]).all() and (rates[1] <= rates[2]).all()
-    assert (rates[0] < rates[1]).any()
-    assert rates[2].eq(100).all()
 
 
 @pytest.mark.parametrize("backbone", ["RN50", "ViT-B-32"])
@@ -235,28 +194,31 @@ def test_only_the_critical_rows_change(backbone):
 
 @pytest.mark.parametrize("backbone", ["RN50", "ViT-B-32"])
 def test_tuning_lowers_the_inverted_asr_and_keeps_the_accuracy(backbone):
-    tuned = run(plant(backbone), steps=30, measure_every_steps=10, lrs=(1e-6, 0.001))
+    tuned = run(plant(backbone), steps=30, measure_every_steps=10, lrs=(0.0003, 0.001))
     assert tuned.suspected.inverted_asr > 90
     assert tuned.suspected.preserve == pytest.approx(0, abs=1e-12)
-    visited = [(s.lr, s.step) for s in tuned.states]
-    assert visited == [(lr, step) for lr in (1e-6, 0.001) for step in (10, 20, 30)]
-    chosen = tuned.kept
-    assert chosen in tuned.states
+    assert [s.step for s in tuned.states if s.lr == tuned.kept.lr] == [10, 20, 30]
     assert tuned.qualified
-    assert tuned.kept.lr == 0.001
-    assert chosen.inverted_asr < tuned.suspected.inverted_asr - 20
-    assert chosen.activation < tuned.suspected.activation / 2
-    assert chosen.clean_accuracy >= tuned.suspected.clean_accuracy - 4
+    assert tuned.kept == tuned.states[-1]
+    assert tuned.kept.inverted_asr < tuned.suspected.inverted_asr - 20
+    assert tuned.kept.activation < tuned.suspected.activation / 2
+    assert tuned.kept.clean_accuracy >= tuned.suspected.clean_accuracy - 4
 
 
-def test_the_returned_weights_are_those_of_the_chosen_state(planted):
-    tuned = run(planted, steps=7)
-    chosen = tuned.kept
-    assert [s.step for s in tuned.states] == [3, 6, 7]
+def test_the_largest_rate_that_keeps_the_accuracy_is_taken_and_no_smaller_one_run(planted):
+    tuned = run(planted, steps=7, lrs=(1e-6, 1e-5, 0.1))
+    assert [(s.lr, s.step) for s in tuned.states] == [
+        (lr, step) for lr in (0.1, 1e-5) for step in (3, 6, 7)
+    ]
+    assert (tuned.qualified, tuned.kept) == (True, tuned.states[-1])
+    assert tuned.states[2].clean_accuracy < tuned.suspected.clean_accuracy - 4
     with torch.no_grad():
         features = image_features(tuned.clip, planted.images[30:].float() / 255)
     correct = (features @ planted.head.T).argmax(1) == planted.labels[30:]
-    assert 100 * correct.float().mean().item() == pytest.approx(chosen.clean_accuracy, abs=1e-4)
+    accuracy = 100 * correct.float().mean().item()
+    assert accuracy == pytest.approx(tuned.kept.clean_accuracy, abs=1e-4)
+    lost = run(planted, steps=7, lrs=(0.1,))
+    assert not lost.qualified and lost.kept == lost.states[-1]
 
 
 def test_the_same_seed_gives_the_same_tuning(planted, baseline):

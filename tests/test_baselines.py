@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from invertune import sections
-from invertune.baselines import BASELINES, choose_lr, defend, schedule
+from invertune.baselines import BASELINES, defend, schedule
 from invertune.data import Pairs
 from invertune.losses import cut_off, feature_distance, in_modal_loss, sub_caption_loss
 from invertune.models import MODEL_FOLDER, Clip, build_clip, clone, image_features, zero_shot_head
 from invertune.sections import Baselines
 from invertune.settings import load_settings
-from invertune.training import Recipe, TrainingError, fit, pair_features
+from invertune.training import Recipe, TrainingError, choose_lr, fit, pair_features
 
 NAMES = ("apple", "cow", "star", "door", "mushroom")
 TARGET = 4
