@@ -55,12 +55,11 @@ def comparison_rows(chain: Chain) -> list[dict[str, str]]:
 
 
 def data_use(chain: Chain, defense: str, attack: str, seed: int) -> tuple[int, int]:
-    """Clean images a defense may use (held-out ones aside), and image passes it was trained on.
-
-    Those of InverTune at most: on some models step 3 tries a second choice of layers.
-    """
+    """Clean images a defense may use (held-out ones aside), and image passes it was trained on."""
     if defense == "invertune":
-        return chain.settings.data.inversion_images, sum(invertune_passes(chain.settings).values())
+        own, passes = chain.settings, invertune_passes(chain.settings)
+        passes["tuning"] = len(steps.tuned(chain, attack, seed).metrics["log"]) * own.tuning.batch
+        return own.data.inversion_images, sum(passes.values())
     seen = defenses.baseline(chain, defense, attack, seed).metrics["images_seen"]
     return chain.settings.baselines.pairs, seen
 
