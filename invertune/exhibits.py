@@ -197,7 +197,7 @@ def as_picture(image: Tensor) -> np.ndarray:
 
 
 def layer_table(chain: Chain) -> pd.DataFrame:
-    """Tables 12-15 with every attack: impact per layer, threshold, and what was selected."""
+    """Tables 12-15 with every attack: impact per layer, threshold, and which are critical, which tuned."""
     lines = []
     for attack in chain.settings.attacks.names:
         for seed in chain.settings.seeds:
@@ -210,9 +210,10 @@ def layer_table(chain: Chain) -> pd.DataFrame:
                     "mean": found["mean"],
                     "std": found["std"],
                     "threshold": found["threshold"],
-                    "critical": ", ".join(
-                        f"{tables.label('layer', k)} ({found['neurons'][k]} neurons)"
-                        for k in found["layers"]
+                    "critical": tables.layers(steps.critical(chain, attack, seed)),
+                    "tuned neurons": ", ".join(
+                        f"{tables.label('layer', k)}: {count}"
+                        for k, count in found["neurons"].items()
                     ),
                 }
             )

@@ -143,7 +143,7 @@ def _found_rows(chain: Chain, attack: str, seed: int) -> Rows:
     """The candidates of step 1, and whether the last layer (of however many) is critical."""
     found, tuned = (step(chain, attack, seed) for step in (steps.identified, steps.tuned))
     base = shared_columns(chain, attack, seed, found.key, task="zeroshot")
-    last = int(_in_depth(tuned.metrics["impacts"])[-1] in tuned.metrics["layers"])
+    last = int(_in_depth(tuned.metrics["impacts"])[-1] in steps.critical(chain, attack, seed))
     layer = shared_columns(chain, attack, seed, tuned.key, variant={"layer": "last"})
     return [*reports.candidate_rows(chain, found, base), metric_row(layer, "layer_selected", last)]
 
@@ -203,7 +203,7 @@ def _chosen(case: Case, main: Chain, attack: str, seed: int) -> dict[str, Any]:
         "attack": "passed" if passed else "FAILED",
         "found": class_list(chain)[ranking[0]],
         "inverted ASR": steps.inverted(chain, attack, seed).metrics["inverted_asr"],
-        "critical layers": tables.layers(steps.tuned(chain, attack, seed).metrics["layers"]),
+        "critical layers": tables.layers(steps.critical(chain, attack, seed)),
     }
     for name in main.settings.generalization.baselines:
         made = defenses.baseline(chain, name, attack, seed).metrics
@@ -213,13 +213,14 @@ def _chosen(case: Case, main: Chain, attack: str, seed: int) -> dict[str, Any]:
 
 
 def layer_table(case: Case) -> pd.DataFrame:
-    """Tables 13-15: impact per layer (mean over seeds), in how many seeds it was selected."""
-    made = [steps.tuned(case.chain, attack, seed).metrics for attack, seed in grid(case.chain)]
+    """Tables 13-15: impact per layer (mean over seeds), in how many seeds it was critical."""
+    made = [steps.tuned(case.chain, *model).metrics for model in grid(case.chain)]
+    critical = [steps.critical(case.chain, *model) for model in grid(case.chain)]
     lines = [
         {
             "layer": tables.label("layer", layer),
             "impact": float(np.mean([found["impacts"][layer] for found in made])),
-            "selected": f"{sum(layer in found['layers'] for found in made)} of {len(made)}",
+            "critical": f"{sum(layer in layers for layers in critical)} of {len(made)}",
         }
         for layer in _in_depth(made[0]["impacts"])
     ]

@@ -145,10 +145,9 @@ def overlap_rows(chain: Chain) -> Rows:
     """Layers selected for an attack and for notebook 06's, over those of either (D.3; 1: equal)."""
     rows: Rows = []
     for attack, seed in grid(chain):
-        done = steps.tuned(chain, attack, seed)
-        reference = steps.tuned(chain, chain.settings.generalization.attack, seed)
-        one, two = (set(found.metrics["layers"]) for found in (done, reference))
-        base = shared_columns(chain, attack, seed, done.key)
+        reference = chain.settings.generalization.attack
+        one, two = (set(steps.critical(chain, name, seed)) for name in (attack, reference))
+        base = shared_columns(chain, attack, seed, steps.tuned(chain, attack, seed).key)
         rows.append(metric_row(base, "layer_overlap", len(one & two) / len(one | two)))
     return rows
 
@@ -200,7 +199,7 @@ def selection_table(chain: Chain) -> pd.DataFrame:
             "attack": tables.label("attack", row["attack"]),
             "seed": int(row["seed"]),
             "critical layers": tables.layers(
-                steps.tuned(chain, row["attack"], int(row["seed"])).metrics["layers"]
+                steps.critical(chain, row["attack"], int(row["seed"]))
             ),
             "overlap": float(row["value"]),
         }

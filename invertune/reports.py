@@ -290,10 +290,11 @@ def layer_rows(chain: Chain, attack: str, seed: int) -> list[dict[str, str]]:
     item = LAYER_TABLES[chain.settings.backbone] if attack == "badclip" else "extra"
     base = shared_columns(chain, attack, seed, done.key, paper_item=item)
     rows = [metric_row(base, f"layer_{name}", found[name]) for name in ("mean", "std", "threshold")]
+    critical = steps.critical(chain, attack, seed)
     for layer, impact in found["impacts"].items():
         own = {**base, "variant": {"layer": layer}}
         rows.append(metric_row(own, "layer_impact", impact))
-        rows.append(metric_row(own, "layer_selected", int(layer in found["layers"])))
+        rows.append(metric_row(own, "layer_selected", int(layer in critical)))
         if layer in found["layers"]:
             rows.append(metric_row(own, "critical_neurons", found["neurons"][layer]))
     return rows

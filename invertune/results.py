@@ -56,7 +56,7 @@ METRICS = {
     "layer_threshold": "ratio",
     "layer_mean": "ratio",
     "layer_std": "ratio",
-    "layer_selected": "flag",  # 1: critical layer
+    "layer_selected": "flag",  # 1: critical layer (above the threshold)
     "layer_overlap": "ratio",  # selected layers shared with BadCLIP's, over those of either
     "critical_neurons": "neurons",
     "images_available": "images",  # clean images a defense may use

@@ -20,6 +20,7 @@ from torch import Tensor
 from invertune import data as datasets
 from invertune import triggers
 from invertune.activation_tuning import tune
+from invertune.activations import critical_layers
 from invertune.attacks import ATTACKS, Victim
 from invertune.chain import Chain, Model, class_head, pool, pretrained
 from invertune.models import embed_images, set_state
@@ -217,6 +218,11 @@ def tuned(chain: Chain, attack: str, seed: int) -> Artifact:
     }
     keys = [suspect.key, *(key for _, key in found)]
     return chain.run("tuning", keyed, keys, compute, seed, attack)
+
+
+def critical(chain: Chain, attack: str, seed: int) -> tuple[str, ...]:
+    """The layers above the paper's threshold (section 3.3), whichever ones step 3 tuned."""
+    return critical_layers(tuned(chain, attack, seed).metrics["impacts"]).layers
 
 
 def tune_model(
