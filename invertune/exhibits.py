@@ -197,7 +197,7 @@ def as_picture(image: Tensor) -> np.ndarray:
 
 
 def layer_table(chain: Chain) -> pd.DataFrame:
-    """Tables 12-15 with every attack: impact per layer, threshold, and which are critical, which tuned."""
+    """Tables 12-15 with every attack: impact per layer, threshold, critical and tuned layers."""
     lines = []
     for attack in chain.settings.attacks.names:
         for seed in chain.settings.seeds:
