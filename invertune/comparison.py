@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from invertune import defenses, steps, tables
 from invertune.chain import Chain
 from invertune.evaluation import evaluated
-from invertune.figures import COLUMN_IN, DEFENSE_COLORS, PLAIN, STYLE, canvas, percent_axis
+from invertune.figures import COLUMN_IN, DEFENSE_COLORS, PLAIN, STYLE, bars, canvas, percent_axis
 from invertune.plan import invertune_passes
 from invertune.reports import (
     TASKS,
@@ -190,25 +190,30 @@ def _by_attack(chain: Chain, results: pd.DataFrame, **where: Any) -> pd.DataFram
 
 @mpl.rc_context(STYLE)
 def rebound_figure(chain: Chain, results: pd.DataFrame) -> Figure:
-    """Zero-shot ASR of each defense right after it and after benign fine-tuning."""
+    """Zero-shot ASR of each defense right after it and after benign fine-tuning.
+
+    Means over seeds; whiskers go from the smallest to the largest.
+    """
+    looks = {"after the defense": "", "after fine-tuning": "////"}
+    defended = compared(chain)
     names = [a for a in chain.settings.attacks.names if a in chain.settings.rebound.attacks]
     results, count = own_rows(chain, results), max(1, len(names))
     figure, axes = canvas(count, 1, COLUMN_IN, 0.5 + 1.3 * count, sharex=True)
     for chart, attack in zip(axes[:, 0], names, strict=False):  # none: an empty chart
         shared = {"attack": attack, "task": "zeroshot", "k": "1", "variant": ""}
-        for place, defense in enumerate(compared(chain)):
-            after = mean(results, metric="asr", paper_item="table1", defense=defense, **shared)
-            later = mean(results, metric="rebound_asr", defense=defense, **shared)
-            color = DEFENSE_COLORS[defense]
-            drawn = chart.bar([place - 0.2], [after], 0.38, color=color)
-            drawn_later = chart.bar([place + 0.2], [later], 0.38, color=color, hatch="////")
-            for bar in (drawn, drawn_later):
-                chart.bar_label(bar, fmt="%.1f", fontsize=5, padding=1)
-        labels = [tables.label("defense", d) for d in compared(chain)]
+        measured = {"asr": {"paper_item": "table1"}, "rebound_asr": {}}
+        for shift, (metric, where), hatch in zip(
+            (-0.2, 0.2), measured.items(), looks.values(), strict=True
+        ):
+            values = tables.by_seed(results, "defense", metric=metric, **where, **shared)
+            drawn = len(chart.patches)
+            bars(chart, defended, values, shift, [DEFENSE_COLORS[d] for d in defended])
+            for patch in chart.patches[drawn:]:
+                patch.set_hatch(hatch)
+        labels = [tables.label("defense", d) for d in defended]
         chart.set_xticks(range(len(labels)), labels, rotation=20)
         chart.set_title(tables.label("attack", attack))
         percent_axis(chart, "ASR (%)")
-    looks = {"after the defense": "", "after fine-tuning": "////"}
     handles = [Patch(facecolor=PLAIN, edgecolor="w", hatch=h, label=t) for t, h in looks.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return figure

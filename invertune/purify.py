@@ -73,7 +73,7 @@ def _save(chain: Chain, artifact: Artifact, out: Path) -> None:
     save_weights(suspect.clip, out / WEIGHTS)
     folder = local_dir(own.backbone, own.weights)
     for path in folder.iterdir() if folder else ():
-        if path.name == MERGES or path.suffix in CONFIGURATION:
+        if path.is_file() and (path.name == MERGES or path.suffix in CONFIGURATION):
             shutil.copy(path, out / path.name)
 
 
