@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -39,22 +38,15 @@ def results_table(published: pd.DataFrame, paper: pd.DataFrame) -> str:
     return markdown(["attack", "", "CA", "ASR", "retrieval CA@10", "retrieval ASR@10"], lines)
 
 
-def cases_table(item: pd.DataFrame, paper: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Table 4 or 5, "CA, ASR" per case (``column`` of paper.csv), the paper's line below ours."""
-    cases = list(dict.fromkeys(name.rsplit(" ", 1)[0] for name in item.columns[1:]))
+def cases_table(ours: pd.DataFrame, paper: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Table 4 or 5, "CA, ASR" per case (in ``column``), the paper's line below ours."""
     lines = []
-    for _, own in item.iterrows():
-        known = paper[paper.defense.map(partial(label, "defense")) == own["defense"]]
-        rates = known.set_index([column, "metric"]).value
-        ours = {case: _pair(own[f"{case} CA"], own[f"{case} ASR"]) for case in cases}
-        theirs = {case: _pair(rates[case, "ca"], rates[case, "asr"]) for case in cases}
-        lines += [{"defense": own["defense"], "": "mini", **ours}]
-        lines += [{"defense": own["defense"], "": "paper", **theirs}]
+    for defense in dict.fromkeys(ours.defense):
+        for source, results in (("mini", ours), ("paper", paper)):
+            rates = results[results.defense == defense].groupby([column, "metric"]).value.mean()
+            cells = {c: f"{rates[c, 'ca']:.1f}, {rates[c, 'asr']:.1f}" for c in ours[column]}
+            lines.append({"defense": label("defense", defense), "": source, **cells})
     return pd.DataFrame(lines)
-
-
-def _pair(ca: float, asr: float) -> str:
-    return f"{ca:.1f}, {asr:.1f}"
 
 
 def _before_after(results: pd.DataFrame, attacks: Sequence[str], column: tuple[str, str]) -> str:
@@ -96,7 +88,9 @@ def pages() -> dict[Path, str]:
 def updated(readme: str, paper: pd.DataFrame, published: pd.DataFrame) -> str:
     """README with fresh tables between the markers."""
     both = [
-        cases_table(pd.read_csv(MINI / f"{item}.csv"), paper[paper.paper_item == item], column)
+        cases_table(
+            published[published.paper_item == item], paper[paper.paper_item == item], column
+        )
         for item, column in (("table4", "target"), ("table5", "backbone"))
     ]
     parts = [
