@@ -194,26 +194,22 @@ def rebound_figure(chain: Chain, results: pd.DataFrame) -> Figure:
 
     Means over seeds; whiskers go from the smallest to the largest.
     """
-    looks = {"after the defense": "", "after fine-tuning": "////"}
+    looks = (
+        ("after the defense", {"metric": "asr", "paper_item": "table1"}, -0.2, ""),
+        ("after fine-tuning", {"metric": "rebound_asr"}, 0.2, "////"),
+    )
     defended = compared(chain)
+    colors = [DEFENSE_COLORS[defense] for defense in defended]
     names = [a for a in chain.settings.attacks.names if a in chain.settings.rebound.attacks]
     results, count = own_rows(chain, results), max(1, len(names))
     figure, axes = canvas(count, 1, COLUMN_IN, 0.5 + 1.3 * count, sharex=True)
     for chart, attack in zip(axes[:, 0], names, strict=False):  # none: an empty chart
         shared = {"attack": attack, "task": "zeroshot", "k": "1", "variant": ""}
-        measured = {"asr": {"paper_item": "table1"}, "rebound_asr": {}}
-        for shift, (metric, where), hatch in zip(
-            (-0.2, 0.2), measured.items(), looks.values(), strict=True
-        ):
-            values = tables.by_seed(results, "defense", metric=metric, **where, **shared)
-            drawn = len(chart.patches)
-            bars(chart, defended, values, shift, [DEFENSE_COLORS[d] for d in defended])
-            for patch in chart.patches[drawn:]:
-                patch.set_hatch(hatch)
-        labels = [tables.label("defense", d) for d in defended]
-        chart.set_xticks(range(len(labels)), labels, rotation=20)
+        for _, where, shift, hatch in looks:
+            values = tables.by_seed(results, "defense", **shared, **where)
+            bars(chart, defended, values, shift, colors, column="defense", hatch=hatch)
         chart.set_title(tables.label("attack", attack))
         percent_axis(chart, "ASR (%)")
-    handles = [Patch(facecolor=PLAIN, edgecolor="w", hatch=h, label=t) for t, h in looks.items()]
+    handles = [Patch(facecolor=PLAIN, edgecolor="w", hatch=h, label=t) for t, _, _, h in looks]
     figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return figure

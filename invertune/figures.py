@@ -165,10 +165,13 @@ def bars(
     color: str | Sequence[str],
     title: str | None = None,
     inside: bool = False,
+    column: str = "attack",
+    hatch: str = "",
 ) -> None:
-    """Draws one bar per attack (mean over seeds), whiskers from min to max when seeds differ.
+    """Draws one bar per name (mean over seeds), whiskers from min to max when seeds differ.
 
-    The mean is written on top of its bar, or ``inside`` where lines cross the chart.
+    The mean is written on top of its bar, or ``inside`` where lines cross the chart. ``names`` are
+    those of a ``column`` of the results.
     """
     known = [(place, values[name]) for place, name in enumerate(names) if name in values]
     places = [place + shift for place, _ in known]
@@ -186,11 +189,12 @@ def bars(
         label=title,
         yerr=np.abs(ends) if several else None,
         error_kw={"elinewidth": 0.7},
+        hatch=hatch,
     )
     texts = [f"{mean:.1f}" if mean >= 1 else f"{mean:.2f}" for mean in means]  # 0.02 % is no zero
     texts = [text.replace("100.0", "100") for text in texts]  # as wide as the others
     axes.bar_label(drawn, texts, padding=1, fontsize=5, label_type="center" if inside else "edge")
-    axes.set_xticks(range(len(names)), [label("attack", name) for name in names], rotation=20)
+    axes.set_xticks(range(len(names)), [label(column, name) for name in names], rotation=20)
 
 
 def null_lines(axes: Axes, null: Values) -> None:
