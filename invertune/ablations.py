@@ -6,7 +6,6 @@ Rows for the results table first, then the tables of notebook 07. Rates are in p
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -17,7 +16,6 @@ from invertune.ablation_steps import found_triggers, inversions, scored, second_
 from invertune.chain import Chain
 from invertune.evaluation import RECALL_KS
 from invertune.metrics import Rate
-from invertune.models import set_state
 from invertune.reports import full_mask, grid, metric_row, shared_columns
 from invertune.results import variant_text
 from invertune.sections import NULLS, WEIGHTS
@@ -97,9 +95,7 @@ def _purified_rows(
     """Zero-shot CA and ASR under the true trigger of one tuned model."""
     suspect = steps.poisoned(chain, attack, seed)
     trigger = triggers.required(suspect.trigger, attack)
-    set_state(suspect.clip, artifact.tensors("weights"), artifact.key)
-    model = replace(suspect, key=artifact.key)
-    done = scored(chain, model, [trigger], suspect.key, seed)
+    done = scored(chain, suspect.after(artifact, attack), [trigger], suspect.key, seed)
     base = shared_columns(chain, attack, seed, done.key, "invertune", task="zeroshot", **columns)
     return [
         metric_row(base, metric, Rate(*rates[str(k)]), k=k)

@@ -6,7 +6,8 @@ and what changed is computed again. ``STEP_VERSIONS`` is raised when a step's re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from invertune import data as datasets
-from invertune.models import Clip, ModelError, text_digest, zero_shot_head
+from invertune.models import Clip, ModelError, set_state, text_digest, zero_shot_head
 from invertune.sections import Settings
 from invertune.store import Artifact, default_root, obtain
 from invertune.triggers import Trigger
@@ -44,13 +45,29 @@ class DeviceMemoryError(RuntimeError):
 class Model:
     """A CLIP in the chain with its store key; ``trigger`` is known to the attacker only.
 
+    Its ``clip`` is loaded when it is first needed: what is found in the store asks for keys alone.
     ``name`` is for messages.
     """
 
-    clip: Clip
+    load: Callable[[], Clip]
     key: str
     trigger: Trigger | None
     name: str = "the clean model"
+
+    @functools.cached_property
+    def clip(self) -> Clip:
+        """The model itself, this ``Model``'s own."""
+        return self.load()
+
+    def after(self, artifact: Artifact, name: str) -> Model:
+        """The same network with the weights that a step left."""
+
+        def load() -> Clip:
+            clip = self.load()
+            set_state(clip, artifact.tensors("weights"), artifact.key)
+            return clip
+
+        return replace(self, load=load, key=artifact.key, name=name)
 
 
 @dataclass(frozen=True)
@@ -164,13 +181,25 @@ def open_chain(settings: Settings, store: Path | None = None) -> Chain:
 def pretrained(chain: Chain) -> Model:
     """The clean model every attack starts from."""
     own = chain.settings
+
+    def load() -> Clip:
+        clip, _ = load_clip(own.backbone, own.weights, chain.device)
+        return replace(clip, precision=getattr(torch, own.precision))
+
+    return Model(load, _checked_weights(chain), None)
+
+
+@functools.lru_cache(maxsize=128)
+def _checked_weights(chain: Chain) -> str:
+    """SHA-256 of the clean model's weights, which fit the profile; else ``ModelError``."""
+    own = chain.settings
     clip, digest = load_clip(own.backbone, own.weights, chain.device)
     if clip.image_size != own.data.image_size_px:
         raise ModelError(
             f"data.image_size_px = {own.data.image_size_px}, but the {own.backbone} of weights "
             f"{own.weights!r} takes images of {clip.image_size} px"
         )
-    return Model(replace(clip, precision=getattr(torch, own.precision)), digest, None)
+    return digest
 
 
 def pool(chain: Chain, part: str) -> datasets.Labeled:

@@ -7,7 +7,6 @@ any defended model -> rebounded
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor
 from invertune import data as datasets
 from invertune.baselines import BASELINES, defend
 from invertune.chain import Chain, Model, class_head, pool
-from invertune.models import set_state
 from invertune.steps import poisoned, tuned
 from invertune.store import Artifact
 from invertune.training import Recipe, finetune
@@ -70,8 +68,7 @@ def defended(chain: Chain, defense: str, attack: str, seed: int) -> Model:
         artifact = tuned(chain, attack, seed)
     else:
         artifact = baseline(chain, defense, attack, seed)
-    set_state(suspect.clip, artifact.tensors("weights"), defense)
-    return replace(suspect, key=artifact.key, name=f"{defense} on {attack}")
+    return suspect.after(artifact, f"{defense} on {attack}")
 
 
 @functools.lru_cache(maxsize=128)
@@ -107,6 +104,4 @@ def rebounded(chain: Chain, defense: str, attack: str, seed: int) -> Artifact:
 def rebound_model(chain: Chain, defense: str, attack: str, seed: int) -> Model:
     """The defended model after the benign fine-tuning of ``rebounded``."""
     model = defended(chain, defense, attack, seed)
-    artifact = rebounded(chain, defense, attack, seed)
-    set_state(model.clip, artifact.tensors("weights"), "rebound")
-    return replace(model, key=artifact.key, name=f"rebound of {model.name}")
+    return model.after(rebounded(chain, defense, attack, seed), f"rebound of {model.name}")

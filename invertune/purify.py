@@ -20,7 +20,7 @@ from invertune import data as datasets
 from invertune import exhibits, figures, image_figures, reports, steps, tables
 from invertune.ablation_steps import second_round
 from invertune.chain import Chain, open_chain, pretrained
-from invertune.models import MERGES, WEIGHTS, save_weights, set_state, to_pixels
+from invertune.models import MERGES, WEIGHTS, save_weights, to_pixels
 from invertune.provenance import REPOSITORY
 from invertune.results import read_results
 from invertune.sections import NULLS, Settings
@@ -68,9 +68,8 @@ def purify(settings: Settings, out: Path, rounds: int = 1) -> str:
 
 
 def _save(chain: Chain, artifact: Artifact, out: Path) -> None:
-    own, suspect = chain.settings, pretrained(chain)
-    set_state(suspect.clip, artifact.tensors("weights"), artifact.key)
-    save_weights(suspect.clip, out / WEIGHTS)
+    own = chain.settings
+    save_weights(pretrained(chain).after(artifact, SUSPECT).clip, out / WEIGHTS)
     folder = local_dir(own.backbone, own.weights)
     for path in folder.iterdir() if folder else ():
         if path.is_file() and (path.name == MERGES or path.suffix in CONFIGURATION):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from invertune import triggers
 from invertune.activation_tuning import tune
 from invertune.attacks import ATTACKS, Victim
 from invertune.chain import Chain, Model, class_head, pool, pretrained
-from invertune.models import embed_images, set_state
+from invertune.models import embed_images
 from invertune.perturbations import as_trigger
 from invertune.sections import NULLS
 from invertune.store import Artifact
@@ -70,9 +70,8 @@ def poisoned(chain: Chain, attack: str, seed: int) -> Model:
     model = pretrained(chain)
     if attack == "none":
         return model
-    artifact = attacked(chain, attack, seed)
-    set_state(model.clip, artifact.tensors("weights"), attack)
-    return Model(model.clip, artifact.key, planted_trigger(chain, attack, seed), attack)
+    planted = replace(model, trigger=planted_trigger(chain, attack, seed))
+    return planted.after(attacked(chain, attack, seed), attack)
 
 
 def planted_trigger(chain: Chain, attack: str, seed: int) -> Trigger | None:

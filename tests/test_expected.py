@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,15 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from invertune import (
-    ablations,
-    comparison,
-    defenses,
-    generalization,
-    passing_claims,
-    reports,
-    steps,
-)
+from invertune import ablations, comparison, generalization, passing_claims, reports, steps
 from invertune import chain as chains
 from invertune import data as datasets
 from invertune.evaluation import RECALL_KS
@@ -99,7 +92,9 @@ def named_keys(
     """
     chain = chains.open_chain(load_settings("mini", {"seeds": seeds}), store)
     names = datasets.class_names(chain.settings.data)
-    clean = {b: chains.Model(load_embedded(b), str(locked_hash(b)), None) for b in BACKBONES}
+    clean = {
+        b: chains.Model(partial(load_embedded, b), str(locked_hash(b)), None) for b in BACKBONES
+    }
 
     def name_only(_root: Path, step: str, *given: Any, **_others: Any) -> Any:
         *identity, _compute, _seed = given
@@ -116,8 +111,6 @@ def named_keys(
         )
 
     patch.setattr(chains, "obtain", name_only)
-    for module in (steps, defenses, ablations):
-        patch.setattr(module, "set_state", lambda *_: None)
     patch.setattr(ablations.triggers, "required", lambda trigger, _: trigger)
     for module in (steps, reports, passing_claims):
         patch.setattr(module, "pretrained", lambda c: clean[c.settings.backbone])
