@@ -13,7 +13,6 @@ import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
-from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
@@ -213,6 +212,8 @@ def critical_neurons(
     distinct = len(set(points.flatten().tolist()))
     if distinct == 1:
         return torch.ones_like(difference, dtype=torch.bool)
+    from sklearn.cluster import KMeans  # a second that finding everything need not wait for
+
     with threadpool_limits(limits=1):  # a few hundred numbers: more threads only get in the way
         found = KMeans(min(clusters, distinct), n_init=10, random_state=seed).fit(points)
     critical = torch.from_numpy(found.labels_ != found.cluster_centers_.argmin())

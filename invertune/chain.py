@@ -86,7 +86,8 @@ class Chain:
 
     With another ``defender``, class indices after step 1 count in its own list; evaluate what it
     made with the profile's chain. ``heads`` keeps zero-shot heads: half the time of an evaluation
-    on mini, and InverTune leaves the text side as it is. ``used``: what ``count`` will count.
+    on mini, and InverTune leaves the text side as it is. ``used``: what ``count`` will count. A
+    chain that ``only_finds`` computes no step: ``MissingError`` for what the store lacks.
     """
 
     settings: Settings
@@ -94,6 +95,7 @@ class Chain:
     defender: Defender = Defender()
     heads: dict[tuple[object, ...], Tensor] = field(default_factory=dict, compare=False)
     used: dict[str, Artifact] = field(default_factory=dict, compare=False)
+    only_finds: bool = field(default=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -136,7 +138,7 @@ class Chain:
             {**settings, **self._given(step), "seed": seed},
             list(upstream),
             datasets.manifest(self.settings.data),
-            within_memory,
+            None if self.only_finds else within_memory,
             seed,
             label=label,
             device=str(self.device),

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -25,6 +26,7 @@ from invertune.chain import Chain, open_chain
 from invertune.decoding import cores
 from invertune.sections import INVERSION_SWITCHES, NULLS, TUNING_SWITCHES, WEIGHTS, Settings
 from invertune.settings import load_settings, other_models, suspects
+from invertune.store import MissingError
 from invertune.training import progress
 
 Call = tuple[Callable[..., object], tuple[Any, ...]]  # a function of (chain, *arguments)
@@ -113,20 +115,24 @@ def default_count(settings: Settings) -> int:
 def fill(profile: str, overrides: Mapping[str, Any], notebook: str, count: int) -> None:
     """Makes what ``notebook`` will look for in the store, in ``count`` processes.
 
-    They share the threads that one would have, and end with this process, however it ends.
+    They share the threads that one would have, and end with this process, however it ends; where
+    the store has everything, none is started.
     Raises the first error of a call, or ``JobError`` where a process died.
     """
     given = json.dumps(overrides)
-    todo = calls(load_settings(profile, overrides)).get(notebook, [])
+    settings = load_settings(profile, overrides)
     if count == 1:
-        for place in range(len(todo)):
+        for place in range(len(calls(settings).get(notebook, []))):
             _run(profile, given, notebook, place)
+        return
+    left = missing(settings, notebook)
+    if not left:
         return
     threads = max(1, torch.get_num_threads() // count)
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([__name__])  # torch is imported once for all processes
     with ProcessPoolExecutor(count, server, _start, (threads,)) as pool:
-        made = [pool.submit(_run, profile, given, notebook, place) for place in range(len(todo))]
+        made = [pool.submit(_run, profile, given, notebook, place) for place in left]
         try:
             for done in progress(as_completed(made), notebook, total=len(made)):
                 done.result()
@@ -137,6 +143,17 @@ def fill(profile: str, overrides: Mapping[str, Any], notebook: str, count: int) 
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def missing(settings: Settings, notebook: str) -> list[int]:
+    """Which of the notebook's ``calls``, counted from 0, want something that the store lacks."""
+    chain, left = replace(open_chain(settings), only_finds=True), []
+    for place, (function, arguments) in enumerate(calls(settings).get(notebook, [])):
+        try:
+            function(chain, *arguments)
+        except MissingError:
+            left.append(place)
+    return left
 
 
 def _start(threads: int) -> None:

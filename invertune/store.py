@@ -43,6 +43,10 @@ class StoreError(RuntimeError):
     """An artifact that cannot be named, read or written; says why in one line."""
 
 
+class MissingError(StoreError):
+    """An artifact that was only looked for, and is not in the store."""
+
+
 @dataclass(frozen=True)
 class Artifact:
     """One entry of the store: its 64-digit ``key`` and the ``folder`` that holds it."""
@@ -123,7 +127,7 @@ def obtain(
     settings: Values,
     upstream: Sequence[str],
     data: str,
-    compute: Compute,
+    compute: Compute | None,
     seed: int,
     label: str | None = None,
     device: str = "cpu",
@@ -136,11 +140,16 @@ def obtain(
     compute the same key: the second waits. ``settings`` gets the seed, so each seed has its key.
     Under torchrun the first process computes and writes; the others compute along where the step
     is done ``together``, and wait.
-    Raises ``StoreError`` where the disk is full or the metrics are no plain JSON.
+    Raises ``StoreError`` where the disk is full or the metrics are no plain JSON, and
+    ``MissingError`` where ``compute`` is None and the artifact is not there.
     """
     parts = (step, version, {**settings, "seed": seed}, list(upstream), data)
     key = artifact_key(*parts)
     entry, name = Artifact(key, root / key), label or step
+    if compute is None:
+        if damage(entry.folder) is None:
+            return entry
+        raise MissingError(f"{name} is not in the store at {root}")
     if not distributed.first():
         while distributed.from_first(False):
             compute(entry.beside(WORK))

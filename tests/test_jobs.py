@@ -62,12 +62,15 @@ def rows_of(notebook: str, chain: object) -> None:
 def test_a_notebook_computes_nothing_but_evaluations_after_its_calls(tmp_path, monkeypatch):
     (tmp_path / "templates.json").write_text('["a picture of {}"]')
     monkeypatch.setattr(datasets, "TEMPLATES", tmp_path / "templates.json")
-    chain = open_chain(load_settings("smoke", QUICK), tmp_path / "store")
+    monkeypatch.setenv("INVERTUNE_STORE", str(tmp_path / "store"))
+    chain = open_chain(load_settings("smoke", QUICK))
     found = jobs.calls(chain.settings)
     assert list(found) == sorted({work.notebook for work in planned(chain.settings)})
     for notebook, calls in found.items():
+        assert jobs.missing(chain.settings, notebook), notebook
         for function, arguments in calls:
             function(chain, *arguments)
+        assert jobs.missing(chain.settings, notebook) == []
         before = {a.key for a in entries(chain.store)}
         rows_of(notebook, chain)
         made = {a.meta["step"] for a in entries(chain.store) if a.key not in before}
@@ -106,6 +109,18 @@ def test_two_processes_leave_what_one_leaves(tmp_path):
     assert one.keys() == other.keys() and len(one) > 3
     for key, artifact in one.items():
         assert artifact.metrics == other[key].metrics  # one thread each, here as there
+
+
+def test_no_process_is_started_where_the_store_has_everything(tmp_path, monkeypatch):
+    monkeypatch.setenv("INVERTUNE_STORE", str(tmp_path))
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", None)
+    only = {"attacks": {"names": ["badnet"], "badnet": {"steps": 1, "batch": 8}}}
+    with pytest.raises(TypeError):  # it would be started
+        jobs.fill("smoke", only, "01_attacks", 2)
+    jobs.fill("smoke", only, "01_attacks", 1)
+    made = {a.key for a in entries(tmp_path)}
+    jobs.fill("smoke", only, "01_attacks", 2)
+    assert {a.key for a in entries(tmp_path)} == made
 
 
 def test_the_processes_end_with_the_one_that_started_them(tmp_path):

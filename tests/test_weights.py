@@ -71,7 +71,7 @@ def test_openais_weights_come_from_the_cache_and_stay_what_they_were(
     hub.write_bytes(content)
     changed = hashlib.sha256(content).hexdigest()
     with pytest.raises(ModelError, match=rf"refused: its SHA-256 is {changed}, but .*{digest}"):
-        pretrained(chain).clip
+        pretrained(chain).load()
     assert json.loads(models.WEIGHTS_LOCK.read_text())[REPOSITORY] == digest
 
 
