@@ -127,13 +127,16 @@ def _fill(options: argparse.Namespace) -> int:
 
 
 def show_plan(options: argparse.Namespace) -> int:
-    """Prints the plan for parsed options; computes nothing."""
+    """Prints the plan for parsed options; computes and downloads nothing."""
     settings = load_settings(options.profile, plan.overrides_of(options))
-    from invertune import jobs, store
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+    from invertune import jobs
 
     count = options.jobs or jobs.default_count(settings)
-    sound = [a for a in store.entries(store.default_root()) if (a.folder / store.META).is_file()]
-    held = [artifact.meta.get("step", "unknown") for artifact in sound]
+    try:
+        held = jobs.held(settings, options.only or "")
+    except Exception as error:  # no data, no weights: the plan is wanted all the same
+        held = f" not known ({explain(error)})"
     print(plan.report(settings, held, count, options.only))
     return 0
 

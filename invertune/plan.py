@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,8 +188,8 @@ def _passes(section: Any) -> int:
     return int(section.steps) * int(section.batch)
 
 
-def report(settings: Settings, held: Sequence[str], jobs: int, only: str | None = None) -> str:
-    """The plan as text. ``held`` names the step of every artifact in the store.
+def report(settings: Settings, held: str, jobs: int, only: str | None = None) -> str:
+    """The plan as text. ``held`` says what the store holds of it.
 
     Minutes are those of ``jobs`` processes at the measured rate of one.
     """
@@ -198,7 +197,6 @@ def report(settings: Settings, held: Sequence[str], jobs: int, only: str | None 
     chosen = [w for w in planned(settings) if w.notebook.startswith(only or "")]
     minutes = [alone / jobs for alone in minutes_of(chosen, settings)]
     memory = "not measured yet" if peak is None else f"at most {jobs * peak:,} MB"
-    steps = ", ".join(f"{n} {step}" for step, n in sorted(Counter(held).items())) or "nothing"
     return "\n".join(
         [
             f"profile {settings.profile}, {settings.backbone}, {size} px, "
@@ -214,8 +212,7 @@ def report(settings: Settings, held: Sequence[str], jobs: int, only: str | None 
             f"jobs at once: {jobs}; memory of all: {memory}",
             f"rates of one measured on: {rates.get('device', f'nothing yet at {size} px')}",
             "counted at most: baselines and step 3 with every rate of their grids",
-            f"the store holds: {steps}; what it holds for these settings is "
-            "found in 0 s and not computed again",
+            f"jobs whose results the store holds:{held}",
         ]
     )
 

@@ -119,6 +119,7 @@ def test_no_process_is_started_where_the_store_has_everything(tmp_path, monkeypa
         jobs.fill("smoke", only, "01_attacks", 2)
     jobs.fill("smoke", only, "01_attacks", 1)
     made = {a.key for a in entries(tmp_path)}
+    assert jobs.held(load_settings("smoke", only), "01").endswith(" 2 of 2")
     jobs.fill("smoke", only, "01_attacks", 2)
     assert {a.key for a in entries(tmp_path)} == made
 
