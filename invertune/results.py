@@ -210,7 +210,7 @@ def publish(profile: str, root: Path = REPOSITORY) -> None:
     if not reported:
         raise ResultsError(
             f"results/{profile} holds rows of the development seed {DEVELOPMENT_SEED} only; run "
-            f"./run_all.sh {profile} --seeds 4,5,6 first"
+            f"./run_all.sh {profile} --seeds 7,8,9 first"
         )
     path = root / "expected" / f"{profile}.csv"
     before = _read_checked(path, profile) if path.exists() else []

@@ -141,7 +141,7 @@ def stale(
 
 def test_no_published_row_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = published()
-    assert {r["seed"] for r in rows} == {"4", "5", "6"}
+    assert {r["seed"] for r in rows} == {"7", "8", "9"}
     assert not stale(rows, tmp_path, monkeypatch)
 
 
