@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+FULL = ("No space left", "quota exceeded")  # in the message of an error for a full disk
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -37,3 +40,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def full_disk(error: BaseException, root: Path, needed: int) -> str | None:
+    """What to do where ``error`` came from a full disk below ``root``; None for any other error.
+
+    ``needed`` is how many bytes were to be written, 0 where unknown.
+    """
+    if not any(text in str(error) for text in FULL):
+        return None
+    wanted = f", {needed / 1e6:.1f} MB needed" if needed else ""
+    return (
+        f"the disk is full: {shutil.disk_usage(root).free / 1e6:.1f} MB free{wanted} at {root}; "
+        "make room or set INVERTUNE_STORE to another disk, then run again"
+    )

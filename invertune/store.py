@@ -27,13 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from invertune import distributed, provenance
-from invertune.files import sync
+from invertune.files import full_disk, sync
 
 METRICS, META = "metrics.json", "meta.json"
 WORK, PARTIAL, LOCKS, DAMAGED = ".work", ".partial", ".locks", ".damaged"
 IDENTITY = ("step", "version", "settings", "upstream", "data")  # what a key is the hash of
 
-FULL = ("No space left", "quota exceeded")  # in the message of an error for a full disk
 Values = Mapping[str, Any]  # plain JSON values
 Tensors = Mapping[str, Mapping[str, Tensor]]  # file stem: {name: tensor}
 Compute = Callable[[Path], tuple[Tensors, Values]]
@@ -216,8 +215,8 @@ def _make(entry: Artifact, name: str, compute: Compute, identity: Values, device
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         written = isinstance(error, OSError | SafetensorError)
-        if written and any(text in str(error) for text in FULL):
-            raise StoreError(f"{name}: {_full_disk(root, needed)}") from None
+        if written and (full := full_disk(error, root, needed)):
+            raise StoreError(f"{name}: {full}") from None
         raise
     shutil.rmtree(work, ignore_errors=True)
     print(f"{name} stored ({entry.key[:8]}), {meta['seconds']:.0f} s", flush=True)
@@ -287,14 +286,6 @@ def _locked(entry: Artifact, name: str) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def _full_disk(root: Path, needed: int) -> str:
-    wanted = f", {needed / 1e6:.1f} MB needed" if needed else ""
-    return (
-        f"the disk is full: {shutil.disk_usage(root).free / 1e6:.1f} MB free{wanted} at {root}; "
-        "make room or set INVERTUNE_STORE to another disk, then run again"
-    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
