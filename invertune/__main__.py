@@ -136,7 +136,7 @@ def show_plan(options: argparse.Namespace) -> int:
     try:
         held = jobs.held(settings, options.only or "")
     except Exception as error:  # no data, no weights: the plan is wanted all the same
-        held = f" not known ({explain(error)})"
+        held = [f"not known: {explain(error)}"]
     print(plan.report(settings, held, count, options.only))
     return 0
 

@@ -188,18 +188,18 @@ def pretrained(chain: Chain) -> Model:
         clip, _ = load_clip(own.backbone, own.weights, chain.device)
         return replace(clip, precision=getattr(torch, own.precision))
 
-    return Model(load, _checked_weights(chain), None)
+    size = own.data.image_size_px
+    return Model(load, _checked_weights(own.backbone, own.weights, chain.device, size), None)
 
 
 @functools.lru_cache(maxsize=128)
-def _checked_weights(chain: Chain) -> str:
-    """SHA-256 of the clean model's weights, which fit the profile; else ``ModelError``."""
-    own = chain.settings
-    clip, digest = load_clip(own.backbone, own.weights, chain.device)
-    if clip.image_size != own.data.image_size_px:
+def _checked_weights(backbone: str, weights: str, device: torch.device, size_px: int) -> str:
+    """SHA-256 of the clean model's weights, which fit the data; else ``ModelError``."""
+    clip, digest = load_clip(backbone, weights, device)
+    if clip.image_size != size_px:
         raise ModelError(
-            f"data.image_size_px = {own.data.image_size_px}, but the {own.backbone} of weights "
-            f"{own.weights!r} takes images of {clip.image_size} px"
+            f"data.image_size_px = {size_px}, but the {backbone} of weights "
+            f"{weights!r} takes images of {clip.image_size} px"
         )
     return digest
 

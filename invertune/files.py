@@ -1,4 +1,4 @@
-"""Files on which several processes work: replaced whole, by one writer at a time."""
+"""Files on which several processes work: replaced whole, by one writer at a time; full disks."""
 
 from __future__ import annotations
 

@@ -156,11 +156,13 @@ def missing(settings: Settings, notebook: str) -> list[int]:
     return left
 
 
-def held(settings: Settings, only: str = "") -> str:
-    """How many of its ``calls`` are done already, for each notebook whose name starts so."""
-    chosen = {name: made for name, made in calls(settings).items() if name.startswith(only)}
-    done = {name: len(made) - len(missing(settings, name)) for name, made in chosen.items()}
-    return "".join(f"\n  {name:25}{done[name]} of {len(made)}" for name, made in chosen.items())
+def held(settings: Settings, only: str = "") -> list[str]:
+    """How many of its ``calls`` are done already: a line per notebook whose name starts so."""
+    return [
+        f"{name:25}{len(made) - len(missing(settings, name))} of {len(made)}"
+        for name, made in calls(settings).items()
+        if name.startswith(only)
+    ]
 
 
 def _start(threads: int) -> None:

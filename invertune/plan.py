@@ -188,8 +188,8 @@ def _passes(section: Any) -> int:
     return int(section.steps) * int(section.batch)
 
 
-def report(settings: Settings, held: str, jobs: int, only: str | None = None) -> str:
-    """The plan as text. ``held`` says what the store holds of it.
+def report(settings: Settings, held: Sequence[str], jobs: int, only: str | None = None) -> str:
+    """The plan as text. ``held``: lines on what the store holds of it.
 
     Minutes are those of ``jobs`` processes at the measured rate of one.
     """
@@ -212,7 +212,8 @@ def report(settings: Settings, held: str, jobs: int, only: str | None = None) ->
             f"jobs at once: {jobs}; memory of all: {memory}",
             f"rates of one measured on: {rates.get('device', f'nothing yet at {size} px')}",
             "counted at most: baselines and step 3 with every rate of their grids",
-            f"jobs whose results the store holds:{held}",
+            "jobs whose results the store holds:",
+            *(f"  {line}" for line in held),
         ]
     )
 

@@ -70,9 +70,9 @@ def test_a_notebook_computes_nothing_but_evaluations_after_its_calls(tmp_path, m
         assert jobs.missing(chain.settings, notebook), notebook
         for function, arguments in calls:
             function(chain, *arguments)
-        with monkeypatch.context() as found:
+        with monkeypatch.context() as patch:
             if notebook != "06_generalization":  # its similarity_rank asks the text tower
-                found.setattr(Model, "clip", property(lambda model: pytest.fail(model.name)))
+                patch.setattr(Model, "clip", property(lambda model: pytest.fail(model.name)))
             assert jobs.missing(chain.settings, notebook) == []  # and no model was loaded
         before = {a.key for a in entries(chain.store)}
         rows_of(notebook, chain)
@@ -122,7 +122,9 @@ def test_no_process_is_started_where_the_store_has_everything(tmp_path, monkeypa
         jobs.fill("smoke", only, "01_attacks", 2)
     jobs.fill("smoke", only, "01_attacks", 1)
     made = {a.key for a in entries(tmp_path)}
-    assert jobs.held(load_settings("smoke", only), "01").endswith(" 2 of 2")
+    assert [line.split() for line in jobs.held(load_settings("smoke", only), "01")] == [
+        ["01_attacks", "2", "of", "2"]
+    ]
     jobs.fill("smoke", only, "01_attacks", 2)
     assert {a.key for a in entries(tmp_path)} == made
 
