@@ -13,20 +13,12 @@ import torch
 
 from benchmarks import finetuning, inversion, jobs, loader
 from benchmarks.timing import CLOCKS, Meter, Way, table
-from invertune import weights
-from invertune.models import BACKBONES, MODEL_FOLDER, Clip, build_clip
+from invertune.models import BACKBONES
+from invertune.weights import untrained_clip
 
 TASKS = ("loader", "inversion", "finetuning", "evaluation", "jobs")
 PRECISIONS = ("float32", "bfloat16")
 SIZES = (64, 224)
-
-
-def random_clip(backbone: str, size_px: int, device: str) -> Clip:
-    """A CLIP with random weights: the embedded one (64 px), or OpenAI's shapes (224 px)."""
-    torch.manual_seed(0)
-    if size_px == 64:
-        return build_clip(MODEL_FOLDER / backbone, backbone, device)
-    return weights.random_clip(backbone, "openai", device)
 
 
 def parse() -> argparse.Namespace:
@@ -68,7 +60,8 @@ def measure(options: argparse.Namespace, meter: Meter, precision: str, shard: Pa
     dtype = getattr(torch, precision)
     peak = meter.matrix_peak(dtype)
     print(f"\n{precision}: matrix peak {peak / 1e12:.3g} TFLOP/s", flush=True)
-    clip = replace(random_clip(options.backbone, size, options.device), precision=dtype)
+    torch.manual_seed(0)
+    clip = replace(untrained_clip(options.backbone, size, options.device), precision=dtype)
 
     def show(title: str, batch: int, ways: Mapping[str, Way]) -> None:
         print(f"\n{title}, {precision}, batch {batch}")

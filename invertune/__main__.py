@@ -102,9 +102,9 @@ def _data(options: argparse.Namespace) -> int:
 def _pretrain(options: argparse.Namespace) -> int:
     overrides = plan.mapping_of(options.overrides)
     load_settings(options.profile, {**overrides, "backbone": options.backbone})
-    from invertune import pretraining
+    from invertune import embedded
 
-    pretraining.pretrain_embedded(options.backbone, options.profile, overrides)
+    embedded.pretrain_embedded(options.backbone, options.profile, overrides)
     return 0
 
 

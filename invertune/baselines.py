@@ -89,7 +89,8 @@ def ft(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int
     tokens = clip.tokenizer(list(pairs.captions))
 
     def terms(rows: Tensor, step: int) -> Terms:
-        image, text = pair_features(clip, pairs.images, tokens, rows)
+        own = distributed.share(rows)
+        image, text = pair_features(clip, pairs.images[own], tokens[own], shared=True)
         return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
 
     return terms

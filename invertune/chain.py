@@ -17,12 +17,14 @@ from torch import Tensor
 
 from invertune import data as datasets
 from invertune.models import Clip, ModelError, set_state, text_digest, zero_shot_head
-from invertune.sections import Settings
+from invertune.pretraining import pretrain
+from invertune.sections import PRETRAINED, Settings
 from invertune.store import Artifact, default_root, obtain
 from invertune.triggers import Trigger
-from invertune.weights import load_clip
+from invertune.weights import load_clip, untrained_clip
 
 STEP_VERSIONS = {
+    "pretraining": 1,
     "attack": 2,
     "identification": 2,
     "inversion": 1,
@@ -181,8 +183,10 @@ def open_chain(settings: Settings, store: Path | None = None) -> Chain:
 
 
 def pretrained(chain: Chain) -> Model:
-    """The clean model every attack starts from."""
+    """The clean model every attack starts from; trained now where weights are "pretrained"."""
     own = chain.settings
+    if own.weights == PRETRAINED:
+        return _trained_here(chain)
 
     def load() -> Clip:
         clip, _ = load_clip(own.backbone, own.weights, chain.device)
@@ -190,6 +194,26 @@ def pretrained(chain: Chain) -> Model:
 
     size = own.data.image_size_px
     return Model(load, _checked_weights(own.backbone, own.weights, chain.device, size), None)
+
+
+def _trained_here(chain: Chain) -> Model:
+    own, data = chain.settings, chain.settings.data
+
+    def untrained() -> Clip:
+        clip = untrained_clip(own.backbone, data.image_size_px, chain.device)
+        return replace(clip, precision=getattr(torch, own.precision))
+
+    def compute(work: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        pairs = datasets.caption_pairs(data, "pretraining", data.pretraining_pairs, chain.store)
+        torch.manual_seed(data.seed)
+        clip, classes = untrained(), len(datasets.class_names(data))
+        log = pretrain(clip, pairs, classes, own.pretraining, data.seed, work)
+        return {"weights": clip.net.state_dict()}, {"log": log}
+
+    recipe = own.pretraining.model_dump(mode="json")
+    keyed = {"backbone": own.backbone, **recipe, "pairs": data.pretraining_pairs}
+    artifact = chain.run("pretraining", keyed, [], compute, data.seed, own.backbone)
+    return Model(untrained, artifact.key, None).after(artifact, "the clean model")
 
 
 @functools.lru_cache(maxsize=128)

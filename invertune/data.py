@@ -12,13 +12,14 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from invertune import layouts, pictograms, real_data
+from invertune.composing import compose_all
 from invertune.decoding import map_images
 from invertune.layouts import DataError
 from invertune.pictograms import Scene
@@ -133,13 +134,8 @@ def caption_pairs(data: Data, part: str, count: int, store: Path) -> Pairs:
         unknown = torch.full((len(found.images), 2), -1)
         texts = tuple(own[0] for own in found.captions)
         return Pairs(found.images, texts, unknown, cycled=False, file=found.file)
-    sprites = load_sprites()
     images, captions, objects = _scenes(
-        data,
-        part,
-        count,
-        store,
-        lambda i: pictograms.caption_scene(part, i, data.image_size_px, data.seed, sprites),
+        data, part, count, store, partial(pictograms.caption_scene, part, seed=data.seed)
     )
     return Pairs(images, tuple(own[0] for own in captions), objects)
 
@@ -155,15 +151,17 @@ def labeled_images(data: Data, part: str, count: int, store: Path, style: str = 
             raise DataError(f"style {style!r}: only the embedded benchmark's drawings have styles")
         found = real_data.labeled(data, part, count, store)
         return Labeled(found.images, found.labels)
-    sprites = load_sprites()
-    unseen = part == "evaluation"
     images, _, objects = _scenes(
         data,
         f"{part}, {style}" if style else part,
         count,
         store,
-        lambda i: pictograms.labeled_scene(
-            part, i, data.image_size_px, data.seed, sprites, unseen, style
+        partial(
+            pictograms.labeled_scene,
+            part,
+            seed=data.seed,
+            held_out_drawings=part == "evaluation",
+            style=style,
         ),
     )
     return Labeled(images, objects[:, 0])
@@ -184,7 +182,7 @@ def retrieval_scenes(data: Data, store: Path) -> Retrieval:
         "retrieval",
         data.retrieval_images,
         store,
-        lambda i: pictograms.retrieval_scene(i, pairs[i], data.image_size_px, data.seed, sprites),
+        partial(pictograms.retrieval_scene, pairs=pairs, seed=data.seed),
     )
     return _retrieval(images, captions)
 
@@ -221,16 +219,18 @@ def target_captions(data: Data, target: int, count: int, store: Path) -> tuple[s
 
 
 def _scenes(
-    data: Data, part: str, count: int, store: Path, compose: Callable[[int], Scene]
+    data: Data, part: str, count: int, store: Path, compose: Callable[..., Scene]
 ) -> tuple[Tensor, list[list[str]], Tensor]:
-    """Composes ``count`` scenes of a part, or finds them: images, captions, objects [N, 2]."""
+    """Composes ``count`` scenes of a part, or finds them: images, captions, objects [N, 2].
+
+    ``compose`` as in ``compose_all``.
+    """
 
     def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
-        scenes = [compose(i) for i in range(count)]
-        images = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2)
-        objects = torch.tensor([(*s.objects, -1)[:2] for s in scenes])
-        tensors = {"scenes": {"images": images.contiguous(), "objects": objects}}
-        return tensors, {"captions": [list(s.captions) for s in scenes]}
+        images, captions, objects = compose_all(
+            compose, count, data.image_size_px, f"scenes, {part}"
+        )
+        return {"scenes": {"images": images, "objects": objects}}, {"captions": captions}
 
     artifact = obtain(
         store,

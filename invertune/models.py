@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from invertune.files import write_atomic
 from invertune.provenance import REPOSITORY, file_hash
 from invertune.sections import BACKBONES
+from invertune.transfer import Ahead
 
 MODEL_FOLDER = REPOSITORY / "data" / "mini" / "models"
 WEIGHTS_LOCK = REPOSITORY / "params" / "weights.lock"
@@ -289,8 +290,14 @@ def embed_images(
     ``change`` is what is done to each batch of pixels, float32 in [0, 1], e.g. a trigger.
     """
     clip.net.eval()
-    parts = (change(to_pixels(part, clip.device)) for part in images.split(batch))
-    return torch.cat([image_features(clip, part) for part in parts])
+    parts = images.split(batch)
+    ahead = Ahead(lambda i: (parts[i],), clip.device)
+
+    def features(number: int) -> Tensor:
+        (part,) = ahead(number)
+        return image_features(clip, change(to_pixels(part, clip.device)))
+
+    return torch.cat([features(number) for number in range(len(parts))])
 
 
 def to_pixels(images: Tensor, device: torch.device | str) -> Tensor:

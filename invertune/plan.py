@@ -15,8 +15,16 @@ from typing import Any
 
 import yaml
 
-from invertune.sections import INVERSION_SWITCHES, TUNING_SWITCHES, WEIGHTS, BadClip, Settings
+from invertune.sections import (
+    INVERSION_SWITCHES,
+    PRETRAINED,
+    TUNING_SWITCHES,
+    WEIGHTS,
+    BadClip,
+    Settings,
+)
 from invertune.settings import SettingsError, changed, compared, other_models, suspects
+from invertune.sprites import load_sprites
 
 RATES = Path(__file__).resolve().parent.parent / "expected" / "rates.json"
 
@@ -91,7 +99,12 @@ def planned(settings: Settings) -> list[Work]:
     """The steps of all notebooks for these settings, over all seeds; baselines: at most."""
     attacks, seeds = settings.attacks, len(settings.seeds)
     models, defended = len(suspects(settings, nulls=True)), len(suspects(settings))
-    work = [
+    work = []
+    if settings.weights == PRETRAINED:
+        work.append(
+            Work("01_attacks", "pretraining", 1, _pretraining_passes(settings), "pretraining")
+        )
+    work += [
         Work("01_attacks", name, seeds, _passes(getattr(attacks, name)), "finetune")
         for name in attacks.names
     ]
@@ -141,6 +154,12 @@ def _generalization(settings: Settings) -> list[Work]:
         tried = min(len(section.lrs), own.baseline_lrs)
         work.append(Work(notebook, name, models, tried * _passes(section), name))
     return work
+
+
+def _pretraining_passes(settings: Settings) -> int:
+    """Image passes of both stages, whose batches show every class once."""
+    own = settings.pretraining
+    return (own.warm_start_steps + own.contrastive_steps) * len(load_sprites().classes)
 
 
 def _patch_passes(badclip: BadClip) -> int:

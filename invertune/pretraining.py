@@ -1,43 +1,19 @@
-"""Pretraining of the embedded CLIPs: a supervised warm start, then contrastive training.
-
-One resumable command each: ``python -m invertune pretrain RN50``.
-"""
+"""Pretraining of a CLIP on scenes: a supervised warm start, then contrastive training."""
 
 from __future__ import annotations
 
-import math
-import shutil
-import time
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 
-from invertune import data as datasets
 from invertune.augment import augment
-from invertune.chain import Chain, open_chain
 from invertune.data import Pairs
-from invertune.evaluation import utility
-from invertune.models import (
-    MODEL_FOLDER,
-    WEIGHTS,
-    Clip,
-    build_clip,
-    image_features,
-    load_embedded,
-    record_hash,
-    save_weights,
-    to_pixels,
-    token_features,
-)
-from invertune.provenance import commit, file_hash, versions
-from invertune.settings import load_settings
+from invertune.models import Clip, image_features, to_pixels, token_features
+from invertune.sections import Pretraining
 from invertune.training import Recipe, contrastive_loss, fit, generator
+from invertune.transfer import Ahead, Batch
 
 
 def balanced_indices(labels: Tensor, classes: int, seed: int, step: int) -> Tensor:
@@ -61,120 +37,58 @@ def warm_start(
     net = nn.ModuleDict({"visual": clip.net.visual, "head": nn.Linear(dim, classes)})
     net.to(clip.device).train()
 
-    def loss_at(step: int) -> dict[str, Tensor]:
+    def batch_at(step: int) -> Batch:
         rows = balanced_indices(objects[:, 0], classes, seed, step)
-        pixels = augment(to_pixels(pairs.images[rows], clip.device), seed, step)
+        return pairs.images[rows], objects[rows]
+
+    batches = Ahead(batch_at, clip.device)
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        images, shown = batches(step)
+        pixels = augment(to_pixels(images, clip.device), seed, step)
         logits = net["head"](image_features(clip, pixels) * 20)
-        present = F.one_hot(objects[rows] + 1, classes + 1).sum(1)[:, 1:].float()
-        targets = (present / present.sum(1, keepdim=True)).to(clip.device)
+        present = F.one_hot(shown + 1, classes + 1).sum(1)[:, 1:].float()
+        targets = present / present.sum(1, keepdim=True)
         loss = F.cross_entropy(logits, targets, label_smoothing=0.05)
-        return {"loss": loss, "accuracy": (logits.argmax(1) == objects[rows, 0]).float().mean()}
+        return {"loss": loss, "accuracy": (logits.argmax(1) == shown[:, 0]).float().mean()}
 
     checkpoint = work / "warm_start.safetensors"
     return fit(net, loss_at, recipe, label="warm start", checkpoint=checkpoint)
 
 
-def pretrain(
+def contrastive(
     clip: Clip, pairs: Pairs, classes: int, recipe: Recipe, seed: int, work: Path
 ) -> list[dict[str, float]]:
     """Contrastive training of both towers on ``pairs``; resumes in ``work``."""
     tokens = clip.tokenizer(list(pairs.captions))
     clip.net.train()
 
-    def loss_at(step: int) -> dict[str, Tensor]:
+    def batch_at(step: int) -> Batch:
         rows = balanced_indices(pairs.objects[:, 0], classes, seed, step)
-        pixels = augment(to_pixels(pairs.images[rows], clip.device), seed, step)
-        image, text = image_features(clip, pixels), token_features(clip, tokens[rows])
+        return pairs.images[rows], tokens[rows]
+
+    batches = Ahead(batch_at, clip.device)
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        images, words = batches(step)
+        pixels = augment(to_pixels(images, clip.device), seed, step)
+        image, text = image_features(clip, pixels), token_features(clip, words)
         return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
 
     checkpoint = work / "contrastive.safetensors"
     return fit(clip.net, loss_at, recipe, label="contrastive", checkpoint=checkpoint)
 
 
-def pretrain_embedded(
-    backbone: str, profile: str = "mini", overrides: Mapping[str, Any] | None = None
-) -> Path:
-    """Pretrains one embedded CLIP and writes its weights (float16) and model card.
-
-    ``overrides`` are nested settings that differ from the profile's; the card names them. Resumes
-    after a kill from the checkpoints in the store. Returns the model's folder.
-    """
-    overrides = overrides or {}
-    settings = load_settings(profile, {**overrides, "backbone": backbone})
-    chain, own = open_chain(settings), settings.pretraining
-    folder, work = MODEL_FOLDER / backbone, chain.store / "pretraining" / backbone
-    data = settings.data
-    pairs = datasets.caption_pairs(data, "pretraining", data.pretraining_pairs, chain.store)
-    torch.manual_seed(data.seed)
-    precision = getattr(torch, settings.precision)
-    clip = replace(build_clip(folder, backbone, chain.device), precision=precision)
-    classes, started = len(datasets.class_names(data)), time.monotonic()
-    resumed = work.exists()  # what was spent before the kill is not known any more
-    for train, steps, lr in (
-        (warm_start, own.warm_start_steps, own.warm_start_lr),
-        (pretrain, own.contrastive_steps, own.contrastive_lr),
+def pretrain(
+    clip: Clip, pairs: Pairs, classes: int, settings: Pretraining, seed: int, work: Path
+) -> list[dict[str, float]]:
+    """Both stages, in place; a killed one goes on from its checkpoint in ``work``."""
+    log = []
+    for stage, steps, lr in (
+        (warm_start, settings.warm_start_steps, settings.warm_start_lr),
+        (contrastive, settings.contrastive_steps, settings.contrastive_lr),
     ):
-        recipe = Recipe(steps, lr, own.warmup_steps, own.weight_decay)
-        train(clip, pairs, classes, recipe, data.seed, work)
-    command = f"python -m invertune pretrain {backbone}"
-    if overrides:
-        one_line = yaml.safe_dump(overrides, default_flow_style=True, width=math.inf).strip()
-        command += f" --overrides '{one_line}'"
-    hours = f"{'at least ' if resumed else ''}{(time.monotonic() - started) / 3600:.2f}"
-    publish_weights(chain, clip, folder, hours, command)
-    shutil.rmtree(work, ignore_errors=True)  # short stages leave no checkpoint
-    return folder
-
-
-def publish_weights(chain: Chain, clip: Clip, folder: Path, hours: str, command: str) -> None:
-    """Writes float16 weights and the model card, with scores of float32 and float16 weights."""
+        recipe = Recipe(steps, lr, settings.warmup_steps, settings.weight_decay)
+        log += stage(clip, pairs, classes, recipe, seed, work)
     clip.net.eval()
-    full = utility(chain, clip)
-    save_weights(clip, folder / WEIGHTS, torch.float16)
-    record_hash(clip.backbone, file_hash(folder / WEIGHTS))
-    stored = load_embedded(clip.backbone, chain.device)
-    half = utility(chain, replace(stored, precision=clip.precision))
-    parameters = sum(p.numel() for p in clip.net.parameters())
-    lines = [
-        f"| {name} | {full[name].value:.2f} | {half[name].value:.2f} | {half[name].n} |"
-        for name in full
-    ]
-    own = ", ".join(f"{k}: {v}" for k, v in chain.settings.pretraining)
-    (folder / "README.md").write_text(
-        CARD.format(
-            backbone=clip.backbone,
-            parameters=parameters,
-            scores="\n".join(lines),
-            hours=hours,
-            command=command,
-            recipe=own,
-            seed=chain.settings.data.seed,
-            pairs=chain.settings.data.pretraining_pairs,
-            manifest=datasets.manifest(chain.settings.data),
-            device=chain.device.type,
-            versions=", ".join(f"{k} {v}" for k, v in versions().items()),
-            commit=commit(),
-            bytes=(folder / WEIGHTS).stat().st_size,
-        )
-    )
-
-
-CARD = """# {backbone}-like CLIP of the embedded benchmark
-
-A small CLIP that mirrors the family of OpenAI's {backbone}: {parameters:,} parameters, float16
-safetensors of {bytes:,} bytes, an open_clip `local-dir:` folder. It knows pictograms only: never
-read its behavior as that of a model of natural images. License: MIT.
-
-- Command: `{command}` (resumable), seed {seed}, {hours} hours
-  ({device}); code at commit {commit}; {versions}.
-- Data: {pairs:,} caption pairs of the embedded benchmark (manifest {manifest:.12}).
-- Recipe: a supervised warm start of the image tower on class labels, then contrastive training of
-  both towers; {recipe}; batches show every class once.
-
-| evaluation set (never trained on) | float32 | float16 | images or captions |
-|---|---|---|---|
-{scores}
-
-Zero-shot top-1 is over 210 classes with 12 prompt templates; half of its images show drawings that
-were never trained on. Recall@k: image to text, 1,000 two-object scenes, 5,000 captions.
-"""
+    return log

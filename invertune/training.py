@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from invertune import distributed
 from invertune.models import Clip, image_features, to_pixels, token_features
+from invertune.transfer import Ahead, Batch
 
 MAX_LOGIT_SCALE = math.log(100)
 
@@ -217,17 +218,15 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor
 
 
 def pair_features(
-    clip: Clip, images: Tensor, tokens: Tensor, rows: Tensor | None = None
+    clip: Clip, images: Tensor, tokens: Tensor, shared: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Unit image and text features of uint8 images and token ids: of all, or of the batch ``rows``.
+    """Unit image and text features of a batch of uint8 or float images and token ids.
 
-    Under torchrun each process encodes its share of the batch, and all get the whole.
+    Under torchrun each process encodes its share, and all get the whole. ``shared``: the batch is
+    this process's share already.
     """
-    if rows is None:
+    if not shared:
         images, tokens = distributed.share(images), distributed.share(tokens)
-    else:
-        own = distributed.share(rows)
-        images, tokens = images[own], tokens[own]
     image = image_features(clip, to_pixels(images, clip.device))
     return distributed.gather(image, token_features(clip, tokens))
 
@@ -251,9 +250,15 @@ def finetune(
     tokens = clip.tokenizer(list(captions))
     clip.net.train()
 
+    def batch_at(step: int) -> Batch:
+        rows = distributed.share(pair_indices(len(images), batch, seed, step, cycled))
+        return images[rows], tokens[rows]
+
+    batches = Ahead(batch_at, clip.device)
+
     def loss_at(step: int) -> dict[str, Tensor]:
-        rows = pair_indices(len(images), batch, seed, step, cycled)
-        image, text = pair_features(clip, images, tokens, rows)
+        pictures, words = batches(step)
+        image, text = pair_features(clip, pictures, words, shared=True)
         return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
 
     log = fit(clip.net, loss_at, recipe, label=label, checkpoint=work / "finetuning.safetensors")

@@ -22,6 +22,7 @@ from invertune.metrics import attack_success_rate
 from invertune.models import Clip, embed_images, image_features, to_pixels
 from invertune.sections import Inversion
 from invertune.training import TrainingError, batch_indices, generator, progress
+from invertune.transfer import Ahead, Batch
 
 LOG_EVERY = 5
 TERMS = ("align", "emb", "sim", "mask", "loss")
@@ -189,9 +190,14 @@ def _terms_at(
     if images.numel() * 4 <= POOL_LIMIT_BYTES:
         pool = ssim_statistics(_compared(clip, to_pixels(images, clip.device), settings))
 
+    def batch_at(step: int) -> Batch:
+        return images[indices[step].to(images.device)], indices[step]
+
+    batches = Ahead(batch_at, clip.device)
+
     def at(step: int, mask: Tensor, pattern: Tensor) -> Tensor:
-        pixels = to_pixels(images[indices[step].to(images.device)], clip.device)
-        index = indices[step].to(clip.device)
+        batch, index = batches(step)
+        pixels = to_pixels(batch, clip.device)
         compared = _compared(clip, pixels, settings)
         statistics = pool.take(index) if pool else ssim_statistics(compared)
         tilde = compose(pixels, mask, pattern * clip.std + clip.mean)

@@ -2,9 +2,10 @@
 
 ``weights`` is "embedded", an open_clip tag of the backbone ("openai"), MODEL/TAG for any other
 model of open_clip ("ViT-B-16-SigLIP/webli"), "local-dir:FOLDER" (open_clip's configuration and
-safetensors), or "file:CHECKPOINT" for weights of OpenAI's architecture of the backbone.
-"{backbone}" in it stands for the backbone's name. Images stay as the data made them: shortest side,
-center crop, at the model's size.
+safetensors), "file:CHECKPOINT" for weights of OpenAI's architecture of the backbone, or
+"pretrained": trained here by the profile's own recipe (``chain.pretrained``). "{backbone}" in it
+stands for the backbone's name. Images stay as the data made them: shortest side, center crop, at
+the model's size.
 """
 
 from __future__ import annotations
@@ -61,6 +62,15 @@ def random_clip(backbone: str, weights: str, device: torch.device | str = "cpu")
     config = open_clip.get_model_config(name)
     config["quick_gelu"] = described.get("quick_gelu", False)
     return assemble(backbone, config, described, load_tokenizer(name), device)
+
+
+def untrained_clip(backbone: str, size_px: int, device: torch.device | str = "cpu") -> Clip:
+    """An untrained CLIP for images of 64 px (the embedded one's shape) or 224 px (OpenAI's)."""
+    if size_px == 64:
+        return build_clip(MODEL_FOLDER / backbone, backbone, device)
+    if size_px == 224:
+        return random_clip(backbone, OPENAI, device)
+    raise ModelError(f"data.image_size_px = {size_px}: there are networks for 64 and 224")
 
 
 def for_any_backbone(weights: str) -> bool:

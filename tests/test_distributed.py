@@ -69,7 +69,7 @@ def train_resnet() -> tuple[dict[str, Tensor], list[dict[str, float]]]:
 
     def loss_at(step: int) -> dict[str, Tensor]:
         rows = torch.arange(BATCH) + step
-        both = pair_features(clip, images, tokens, rows)
+        both = pair_features(clip, images[rows], tokens[rows])
         return {"loss": contrastive_loss(*both, clip.net.logit_scale)}
 
     return clip.net.state_dict(), fit(clip.net, loss_at, RECIPE)

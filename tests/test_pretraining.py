@@ -1,11 +1,20 @@
-"""Pretraining: balanced batches and augmentation."""
+"""Pretraining: balanced batches, augmentation, and a clean model that the profile trains itself."""
 
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from invertune.augment import augment
+from invertune.chain import open_chain, pretrained
+from invertune.models import ModelError
+from invertune.plan import planned
 from invertune.pretraining import balanced_indices
+from invertune.settings import load_settings
+from invertune.store import entries
+from invertune.weights import untrained_clip
 
 
 @given(st.integers(2, 12), st.integers(1, 6), st.integers(0, 3))
@@ -25,3 +34,32 @@ def test_augmentation_is_a_function_of_seed_and_step_and_keeps_the_range() -> No
     assert not torch.equal(first, augment(images, 0, 4))
     assert not torch.equal(first, augment(images, 1, 3))
     assert first.shape == images.shape and first.min() >= 0 and first.max() <= 1
+
+
+def test_weights_that_are_pretrained_here_are_made_once_and_found_again(tmp_path: Path) -> None:
+    settings = load_settings("smoke", {"weights": "pretrained"})
+    model = pretrained(open_chain(settings, tmp_path))
+    (made,) = [a for a in entries(tmp_path) if a.meta["step"] == "pretraining"]
+    assert made.key == model.key and {row["step"] for row in made.metrics["log"]} == {0, 1}
+    torch.manual_seed(settings.data.seed)
+    start, trained = untrained_clip("RN50", 64).net.state_dict(), model.clip.net.state_dict()
+    towers = ("visual.conv1.weight", "transformer.resblocks.0.attn.in_proj_weight", "logit_scale")
+    assert not any(torch.equal(start[name], trained[name]) for name in towers)
+    again = pretrained(open_chain(settings, tmp_path))
+    other = settings.model_copy(update={"backbone": "ViT-B-32"})
+    assert again.key == model.key and not again.clip.net.training
+    assert all(torch.equal(trained[k], v) for k, v in again.clip.net.state_dict().items())
+    assert pretrained(open_chain(other, tmp_path)).key != model.key
+
+
+def test_there_are_networks_for_two_image_sizes() -> None:
+    assert untrained_clip("RN50", 64).image_size == 64
+    with pytest.raises(ModelError, match="image_size_px = 96: there are networks for 64 and 224"):
+        untrained_clip("RN50", 96)
+
+
+def test_the_plan_counts_it() -> None:
+    settings = load_settings("smoke", {"weights": "pretrained"})
+    (work,) = [w for w in planned(settings) if w.step == "pretraining"]
+    assert (work.runs, work.total) == (1, 4 * 210)
+    assert not [w for w in planned(load_settings("smoke")) if w.step == "pretraining"]
