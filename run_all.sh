@@ -10,7 +10,8 @@ usage: ./run_all.sh [PROFILE] [--only NN] [--seeds LIST] [--overrides YAML] [--j
        ./run_all.sh purify WEIGHTS [PROFILE] --out FOLDER [--rounds 2]
        ./run_all.sh check | lab
 
-  PROFILE            smoke (3 minutes), mini (the default) or paper (GPUs; set INVERTUNE_DATA)
+  PROFILE            smoke (3 minutes), mini (the default), scenes224 (one GPU, no data needed) or
+                     paper (GPUs; set INVERTUNE_DATA)
   --only NN          only the notebooks whose names start with NN, e.g. --only 03
   --seeds LIST       seeds, separated by commas, e.g. --seeds 1,2,3 (default: the profile's)
   --overrides YAML   other settings, e.g. --overrides '{attacks: {names: [badnet]}}'

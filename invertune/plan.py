@@ -47,7 +47,8 @@ class Work:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that name settings."""
-    parser.add_argument("profile", nargs="?", default="mini", help="smoke, mini or paper")
+    known = "smoke, mini, scenes224 or paper"
+    parser.add_argument("profile", nargs="?", default="mini", help=known)
     parser.add_argument("--seeds", metavar="LIST", help="seeds, separated by commas: 1,2,3")
     parser.add_argument("--overrides", metavar="YAML", help="nested settings as YAML")
 

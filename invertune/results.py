@@ -69,7 +69,7 @@ ORDERS = {"attack": ATTACKS, "defense": DEFENSES, "task": TASKS, "metric": tuple
 _NUMBER = r"-?\d+(\.\d{1,6})?"
 # The columns: what the text of each must look like, and the same in words
 RULES = {
-    "profile": ("smoke|mini|paper", "smoke, mini or paper"),
+    "profile": ("smoke|mini|scenes224|paper", "smoke, mini, scenes224 or paper"),
     "paper_item": ("table([1-9]|1[0-5])|figure[1-7]|extra", "table1..15, figure1..7 or extra"),
     "backbone": ("|".join(("", *BACKBONES)), f"{', '.join(BACKBONES)} or empty"),
     "attack": ("[a-z0-9_]*", "a lower-case name such as badnet"),
@@ -88,6 +88,7 @@ RULES = {
     "key": (r"\S*", "the key of a stored artifact or empty"),
 }
 COLUMNS = tuple(RULES)
+PUBLISHED = ("mini", "scenes224")
 DEVELOPMENT_SEED = "0"  # settings were chosen on it, so its numbers are not published
 IDENTITY = COLUMNS[: COLUMNS.index("value")]
 RUN_COLUMNS = ("key", "step", "seconds", "peak_mb", "device", "versions", "commit")
@@ -194,15 +195,15 @@ def read_results(path: Path, profile: str | None = None) -> pd.DataFrame:
 
 
 def publish(profile: str, root: Path = REPOSITORY) -> None:
-    """Makes the reported seeds' results expected ones, in expected/PROFILE.csv; mini only.
+    """Makes the reported seeds' results expected ones, in expected/PROFILE.csv.
 
     What was published before stays, since seeds and notebooks are run at different times: also the
     same number of the same artifact, since a reported seed is run once (another machine's threads
     round otherwise). A test names rows whose artifacts the code would not make any more.
     """
-    if profile != "mini":
+    if profile not in PUBLISHED:
         raise ResultsError(
-            f"only mini is published, not {profile}: expected/paper.csv holds the "
+            f"{' and '.join(PUBLISHED)} are published, not {profile}: expected/paper.csv holds the "
             "paper's own numbers, and smoke's mean nothing"
         )
     found = _read_checked(root / "results" / profile / "results.csv", profile)
@@ -210,7 +211,7 @@ def publish(profile: str, root: Path = REPOSITORY) -> None:
     if not reported:
         raise ResultsError(
             f"results/{profile} holds rows of the development seed {DEVELOPMENT_SEED} only; run "
-            f"./run_all.sh {profile} --seeds 7,8,9 first"
+            f"./run_all.sh {profile} with --seeds first"
         )
     path = root / "expected" / f"{profile}.csv"
     before = _read_checked(path, profile) if path.exists() else []

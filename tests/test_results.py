@@ -83,7 +83,7 @@ def test_a_value_must_be_finite(value):
         ({"paper_item": "table16"}, "paper_item is 'table16'"),
         ({"paper_item": "figure5a"}, "paper_item is 'figure5a'"),
         ({"backbone": "ViT-B/16"}, "backbone is 'ViT-B/16'; it must be RN50"),
-        ({"profile": "test"}, "profile is 'test'; it must be smoke, mini or paper"),
+        ({"profile": "test"}, "profile is 'test'; it must be smoke, mini, scenes224 or paper"),
         ({"task": "imagenet"}, "task is 'imagenet'"),
         ({"k": 2}, "k is '2'; it must be 1, 3, 5, 10 or empty"),
         ({"variant": "lambda4"}, "variant is 'lambda4'; it must be name=value"),
@@ -248,7 +248,7 @@ def test_publish_takes_the_reported_seeds_of_mini_only(tmp_path):
     assert list(published.metric) == ["asr", "asr", "asr", "ca"]
     # What was run once stays, unless it comes from another artifact.
     assert list(published.value[:3]) == [87.73, 87.73, 60]
-    with pytest.raises(ResultsError, match="only mini is published, not paper"):
+    with pytest.raises(ResultsError, match="mini and scenes224 are published, not paper"):
         publish("paper", tmp_path)
 
 

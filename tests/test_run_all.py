@@ -74,7 +74,7 @@ def test_help_names_every_option_without_an_environment():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("mimi",), "unknown profile 'mimi'; choose one of mini, paper, smoke"),
+        (("mimi",), "unknown profile 'mimi'; choose one of mini, paper, scenes224, smoke"),
         (("smoke", "--seeds", "1,x"), "--seeds '1,x' is no list of different whole numbers"),
         (("smoke", "--seeds", "1,1"), "different"),
         (("smoke", "--overrides", "{inversion: {stps: 3}}"), "unknown key 'inversion.stps'"),

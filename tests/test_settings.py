@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from invertune.sections import Settings
 from invertune.settings import PARAMS, SettingsError, as_yaml, load_settings
 
-PROFILES = ("smoke", "mini", "paper")
+PROFILES = ("smoke", "mini", "scenes224", "paper")
 
 
 def raw(profile: str) -> dict[str, Any]:
@@ -42,9 +42,9 @@ def at(path: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def test_there_are_three_profiles_with_equal_keys_in_equal_order():
+def test_all_profiles_have_equal_keys_in_equal_order():
     assert sorted(p.stem for p in PARAMS.glob("*.yml")) == sorted(PROFILES)
-    assert keys(raw("smoke")) == keys(raw("mini")) == keys(raw("paper"))
+    assert all(keys(raw(profile)) == keys(raw("smoke")) for profile in PROFILES)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -74,6 +74,15 @@ def test_smoke_and_mini_run_on_what_the_repository_ships():
     for profile in ("smoke", "mini"):
         settings = load_settings(profile)
         assert settings.data.source == "pictograms" and settings.data.image_size_px == 64
+
+
+def test_scenes224_is_of_full_size_but_for_the_data():
+    own, paper = load_settings("scenes224"), load_settings("paper")
+    assert own.data.source == "pictograms" and own.weights == "pretrained"
+    assert own.data.image_size_px == paper.data.image_size_px
+    assert own.precision == paper.precision
+    for attack in ("badnet", "badencoder", "badclip"):
+        assert getattr(own.attacks, attack).patch_px == getattr(paper.attacks, attack).patch_px
 
 
 def test_the_paper_profile_has_the_papers_values():
