@@ -128,7 +128,7 @@ def measure(
 ) -> Increase:
     """Predicted class counts before and after a perturbation (Tables 6-11)."""
     adversarial = predicted_counts(embed_images(clip, images, change=perturbed), head)
-    return Increase(predicted.bincount(minlength=len(head)), adversarial)
+    return Increase(predicted.cpu().bincount(minlength=len(head)), adversarial)
 
 
 def ranked_increases(

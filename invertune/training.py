@@ -158,7 +158,8 @@ def _resume(
         net.load_state_dict({k: file.get_tensor(f"net.{k}") for k in net.state_dict()})
         for name, parameter in parameters.items():
             moments = {m: file.get_tensor(f"{m}.{name}") for m in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+            done = torch.tensor(float(step), device=device)  # fused AdamW wants it there
+            optimizer.state[parameter] = {"step": done, **moments}
     return step, json.loads(meta["log"])
 
 

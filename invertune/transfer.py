@@ -25,8 +25,10 @@ class Ahead:
         threaded: bool | None = None,
     ) -> None:
         self.batch_at, self.device = batch_at, torch.device(device)
-        wanted = self.device.type == "cuda" if threaded is None else threaded
-        self.thread = ThreadPoolExecutor(1) if wanted else None
+        self.cuda = self.device.type == "cuda"
+        wanted = self.cuda if threaded is None else threaded
+        self.thread = ThreadPoolExecutor(1, initializer=self._start) if wanted else None
+        self.gpu = torch.cuda.current_device() if self.cuda else None
         self.waiting: dict[int, Future[Batch]] = {}
 
     def __call__(self, number: int) -> Batch:
@@ -39,6 +41,9 @@ class Ahead:
             batch = found.result()
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
 
+    def _start(self) -> None:
+        if self.gpu is not None:
+            torch.cuda.set_device(self.gpu)  # a new thread is on the first one
+
     def _prepared(self, number: int) -> Batch:
-        pinned = self.device.type == "cuda"
-        return tuple(t.pin_memory() if pinned and t.is_cpu else t for t in self.batch_at(number))
+        return tuple(t.pin_memory() if self.cuda and t.is_cpu else t for t in self.batch_at(number))
