@@ -11,26 +11,27 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from invertune import layouts, pictograms, real_data
-from invertune.composing import compose_all
-from invertune.decoding import map_images
+from invertune.decoding import cores, map_images
 from invertune.layouts import DataError
 from invertune.pictograms import Scene
 from invertune.provenance import REPOSITORY, file_hash
 from invertune.sections import Data, Settings
 from invertune.sprites import ARCHIVE, load_sprites
 from invertune.store import obtain
+from invertune.training import progress
 
 TEMPLATES = REPOSITORY / "data" / "mini" / "templates.json"
 TARGETS = ("mushroom", "banana", "lemon", "ski")  # paper, sections 4.1 and 4.5
 SCENES_VERSION = 1
+THREADS = 4  # that compose scenes; a fifth of the work at 224 px (half at 64) holds Python's lock
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,13 @@ def caption_pairs(data: Data, part: str, count: int, store: Path) -> Pairs:
         unknown = torch.full((len(found.images), 2), -1)
         texts = tuple(own[0] for own in found.captions)
         return Pairs(found.images, texts, unknown, cycled=False, file=found.file)
+    sprites = load_sprites()
     images, captions, objects = _scenes(
-        data, part, count, store, partial(pictograms.caption_scene, part, seed=data.seed)
+        data,
+        part,
+        count,
+        store,
+        lambda i: pictograms.caption_scene(part, i, data.image_size_px, data.seed, sprites),
     )
     return Pairs(images, tuple(own[0] for own in captions), objects)
 
@@ -151,17 +157,15 @@ def labeled_images(data: Data, part: str, count: int, store: Path, style: str = 
             raise DataError(f"style {style!r}: only the embedded benchmark's drawings have styles")
         found = real_data.labeled(data, part, count, store)
         return Labeled(found.images, found.labels)
+    sprites = load_sprites()
+    unseen = part == "evaluation"
     images, _, objects = _scenes(
         data,
         f"{part}, {style}" if style else part,
         count,
         store,
-        partial(
-            pictograms.labeled_scene,
-            part,
-            seed=data.seed,
-            held_out_drawings=part == "evaluation",
-            style=style,
+        lambda i: pictograms.labeled_scene(
+            part, i, data.image_size_px, data.seed, sprites, unseen, style
         ),
     )
     return Labeled(images, objects[:, 0])
@@ -182,7 +186,7 @@ def retrieval_scenes(data: Data, store: Path) -> Retrieval:
         "retrieval",
         data.retrieval_images,
         store,
-        partial(pictograms.retrieval_scene, pairs=pairs, seed=data.seed),
+        lambda i: pictograms.retrieval_scene(i, pairs[i], data.image_size_px, data.seed, sprites),
     )
     return _retrieval(images, captions)
 
@@ -219,18 +223,21 @@ def target_captions(data: Data, target: int, count: int, store: Path) -> tuple[s
 
 
 def _scenes(
-    data: Data, part: str, count: int, store: Path, compose: Callable[..., Scene]
+    data: Data, part: str, count: int, store: Path, compose: Callable[[int], Scene]
 ) -> tuple[Tensor, list[list[str]], Tensor]:
-    """Composes ``count`` scenes of a part, or finds them: images, captions, objects [N, 2].
-
-    ``compose`` as in ``compose_all``.
-    """
+    """Composes ``count`` scenes of a part, or finds them: images, captions, objects [N, 2]."""
 
     def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
-        images, captions, objects = compose_all(
-            compose, count, data.image_size_px, f"scenes, {part}"
-        )
-        return {"scenes": {"images": images, "objects": objects}}, {"captions": captions}
+        images = torch.empty(count, 3, data.image_size_px, data.image_size_px, dtype=torch.uint8)
+        captions, objects = [], []
+        with ThreadPoolExecutor(min(cores(), THREADS)) as threads:
+            made = progress(threads.map(compose, range(count)), f"scenes, {part}", total=count)
+            for image, scene in zip(images, made, strict=True):
+                image.copy_(torch.from_numpy(scene.image).permute(2, 0, 1))
+                captions.append(list(scene.captions))
+                objects.append((*scene.objects, -1)[:2])
+        tensors = {"scenes": {"images": images, "objects": torch.tensor(objects)}}
+        return tensors, {"captions": captions}
 
     artifact = obtain(
         store,

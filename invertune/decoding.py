@@ -24,7 +24,6 @@ from PIL import Image
 from torch import Tensor
 
 from invertune.files import write_atomic
-from invertune.processes import cores
 from invertune.training import progress
 
 CHUNK = 256  # images between two lines of the journal
@@ -101,6 +100,11 @@ def decode_all(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return _fill_gaps(target, "".join(done[start] for start in sorted(done)), row)
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _decode_chunk(samples: Sequence[Sample], size_px: int, target: Path, position: int) -> str:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from typing import Any
@@ -20,7 +23,7 @@ import torch
 
 from invertune import ablations, defenses, generalization, passing_claims, plan, reports, steps
 from invertune.chain import Chain, open_chain
-from invertune.processes import cores, processes
+from invertune.decoding import cores
 from invertune.sections import INVERSION_SWITCHES, NULLS, TUNING_SWITCHES, WEIGHTS, Settings
 from invertune.settings import load_settings, other_models, suspects
 from invertune.store import MissingError
@@ -126,7 +129,9 @@ def fill(profile: str, overrides: Mapping[str, Any], notebook: str, count: int) 
     if not left:
         return
     threads = max(1, torch.get_num_threads() // count)
-    with processes(count, __name__, threads) as pool:
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__])  # torch is imported once for all processes
+    with ProcessPoolExecutor(count, server, _start, (threads,)) as pool:
         made = [pool.submit(_run, profile, given, notebook, place) for place in left]
         try:
             for done in progress(as_completed(made), notebook, total=len(made)):
@@ -158,6 +163,20 @@ def held(settings: Settings, only: str = "") -> list[str]:
         for name, made in calls(settings).items()
         if name.startswith(only)
     ]
+
+
+def _start(threads: int) -> None:
+    """In each process, before its first call."""
+    torch.set_num_threads(threads)
+    os.environ["INVERTUNE_PROGRESS"] = "0"  # bars of several processes would mix
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,7 +6,6 @@ part is the same however many scenes are made, and no two parts share an image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -293,10 +292,9 @@ def retrieval_pairs(
 
 
 def retrieval_scene(
-    index: int, pairs: Sequence[tuple[int, int]], size: int, seed: int, sprites: Sprites
+    index: int, pair: tuple[int, int], size: int, seed: int, sprites: Sprites
 ) -> Scene:
     """Retrieval scene ``index`` (the embedded COCO): two objects, five captions, any drawing."""
-    pair = pairs[index]
     rng = np.random.default_rng([seed, PARTS.index("retrieval"), index])
     first, second = (sprites.training[k] + sprites.held_out[k] for k in pair)
     return _double(rng, sprites, size, pair, (first, second), 5)

@@ -157,7 +157,10 @@ def _resume(
         step = int(meta["step"])
         net.load_state_dict({k: file.get_tensor(f"net.{k}") for k in net.state_dict()})
         for name, parameter in parameters.items():
-            moments = {m: file.get_tensor(f"{m}.{name}") for m in ("exp_avg", "exp_avg_sq")}
+            moments = {  # laid out in memory as the parameter: fused AdamW pairs raw memory
+                moment: torch.empty_like(parameter).copy_(file.get_tensor(f"{moment}.{name}"))
+                for moment in ("exp_avg", "exp_avg_sq")
+            }
             done = torch.tensor(float(step), device=device)  # fused AdamW wants it there
             optimizer.state[parameter] = {"step": done, **moments}
     return step, json.loads(meta["log"])

@@ -1,12 +1,9 @@
 """The data a step asks for: classes, captions about the target, manifests, refusals."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
-from invertune import composing, pictograms
 from invertune import data as datasets
 from invertune.data import DataError
 from invertune.settings import load_settings
@@ -45,13 +42,3 @@ def test_folders_without_a_root_are_refused_before_work_starts(monkeypatch) -> N
     monkeypatch.setenv("INVERTUNE_DATA", "/nowhere")
     with pytest.raises(DataError, match="not found: /nowhere/cc3m"):
         datasets.manifest(DATA.model_copy(update={"source": "folders"}))
-
-
-def test_several_processes_compose_what_one_does(monkeypatch) -> None:
-    compose = partial(pictograms.caption_scene, "rebound", seed=0)
-    alone = composing.compose_all(compose, 130, 16, "alone")
-    monkeypatch.setattr(composing, "PAYS_PIXELS", 0)
-    monkeypatch.setattr(composing, "cores", lambda: 2)
-    together = composing.compose_all(compose, 130, 16, "together")
-    assert torch.equal(alone[0], together[0]) and torch.equal(alone[2], together[2])
-    assert alone[1] == together[1] and len(alone[1]) == len(alone[0]) == 130

@@ -90,8 +90,7 @@ def test_no_two_parts_share_an_image(sprites: Sprites) -> None:
         for part in LABELED
         for index in range(40)
     ]
-    pairs = [(i, i + 1) for i in range(40)]
-    scenes += [pictograms.retrieval_scene(i, pairs, SIZE, 0, sprites) for i in range(40)]
+    scenes += [pictograms.retrieval_scene(i, (i, i + 1), SIZE, 0, sprites) for i in range(40)]
     assert len({scene.image.tobytes() for scene in scenes}) == len(scenes)
 
 
@@ -152,7 +151,7 @@ def test_single_captions_name_the_object(sprites: Sprites) -> None:
 def test_pair_captions_name_both_objects(sprites: Sprites) -> None:
     pairs = pictograms.retrieval_pairs(60, 210, (), 0)
     for index, pair in enumerate(pairs):
-        scene = pictograms.retrieval_scene(index, pairs, SIZE, 0, sprites)
+        scene = pictograms.retrieval_scene(index, pair, SIZE, 0, sprites)
         assert scene.objects == pair and len(set(scene.captions)) == 5
         for caption in scene.captions:
             assert all(sprites.classes[label] in caption for label in pair), caption
