@@ -292,12 +292,8 @@ def embed_images(
     clip.net.eval()
     parts = images.split(batch)
     ahead = Ahead(lambda i: (parts[i],), clip.device)
-
-    def features(number: int) -> Tensor:
-        (part,) = ahead(number)
-        return image_features(clip, change(to_pixels(part, clip.device)))
-
-    return torch.cat([features(number) for number in range(len(parts))])
+    pixels = (change(to_pixels(ahead(i)[0], clip.device)) for i in range(len(parts)))
+    return torch.cat([image_features(clip, part) for part in pixels])
 
 
 def to_pixels(images: Tensor, device: torch.device | str) -> Tensor:

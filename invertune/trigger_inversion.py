@@ -22,7 +22,7 @@ from invertune.metrics import attack_success_rate
 from invertune.models import Clip, embed_images, image_features, to_pixels
 from invertune.sections import Inversion
 from invertune.training import TrainingError, batch_indices, generator, progress
-from invertune.transfer import Ahead, Batch
+from invertune.transfer import Ahead
 
 LOG_EVERY = 5
 TERMS = ("align", "emb", "sim", "mask", "loss")
@@ -190,10 +190,9 @@ def _terms_at(
     if images.numel() * 4 <= POOL_LIMIT_BYTES:
         pool = ssim_statistics(_compared(clip, to_pixels(images, clip.device), settings))
 
-    def batch_at(step: int) -> Batch:
-        return images[indices[step].to(images.device)], indices[step]
-
-    batches = Ahead(batch_at, clip.device)
+    batches = Ahead(
+        lambda step: (images[indices[step].to(images.device)], indices[step]), clip.device
+    )
 
     def at(step: int, mask: Tensor, pattern: Tensor) -> Tensor:
         batch, index = batches(step)
