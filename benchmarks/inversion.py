@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import Way
+from benchmarks.timing import OURS, Way
 from invertune.kernels import frozen_copy
 from invertune.models import Clip, clone, forward_precision, image_features, normalize, to_pixels
 from invertune.sections import Inversion
@@ -25,7 +25,6 @@ from invertune.trigger_inversion import Run, initial_trigger, invert_triggers
 EPOCHS = 6  # the mini profile draws each image of its pool about this often
 CLASSES = 210
 SETTINGS = 4  # loss weights that share a batch, as in Table 2
-OURS = 4  # times as many steps as the others: what is prepared once must not weigh too much
 
 
 def ways(clip: Clip, steps: int, batch: int) -> dict[str, Way]:

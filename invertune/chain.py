@@ -189,8 +189,7 @@ def pretrained(chain: Chain) -> Model:
         return _trained_here(chain)
 
     def load() -> Clip:
-        clip, _ = load_clip(own.backbone, own.weights, chain.device)
-        return replace(clip, precision=getattr(torch, own.precision))
+        return _at_precision(chain, load_clip(own.backbone, own.weights, chain.device)[0])
 
     size = own.data.image_size_px
     return Model(load, _checked_weights(own.backbone, own.weights, chain.device, size), None)
@@ -201,19 +200,34 @@ def _trained_here(chain: Chain) -> Model:
 
     def untrained() -> Clip:
         clip = untrained_clip(own.backbone, data.image_size_px, chain.device)
-        return replace(clip, precision=getattr(torch, own.precision))
+        return _at_precision(chain, clip)
 
     def compute(work: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        pairs = datasets.caption_pairs(data, "pretraining", data.pretraining_pairs, chain.store)
-        torch.manual_seed(data.seed)
-        clip, classes = untrained(), len(datasets.class_names(data))
-        log = pretrain(clip, pairs, classes, own.pretraining, data.seed, work)
+        clip, log = train_clean(chain, untrained, work)
         return {"weights": clip.net.state_dict()}, {"log": log}
 
     recipe = own.pretraining.model_dump(mode="json")
     keyed = {"backbone": own.backbone, **recipe, "pairs": data.pretraining_pairs}
     artifact = chain.run("pretraining", keyed, [], compute, data.seed, own.backbone)
     return Model(untrained, artifact.key, None).after(artifact, "the clean model")
+
+
+def train_clean(
+    chain: Chain, build: Callable[[], Clip], work: Path
+) -> tuple[Clip, list[dict[str, float]]]:
+    """The network that ``build`` makes, pretrained by the profile's recipe, and the log.
+
+    Checkpoints lie in ``work``: a killed training goes on from them.
+    """
+    own, data = chain.settings, chain.settings.data
+    pairs = datasets.caption_pairs(data, "pretraining", data.pretraining_pairs, chain.store)
+    torch.manual_seed(data.seed)
+    clip, classes = _at_precision(chain, build()), len(datasets.class_names(data))
+    return clip, pretrain(clip, pairs, classes, own.pretraining, data.seed, work)
+
+
+def _at_precision(chain: Chain, clip: Clip) -> Clip:
+    return replace(clip, precision=getattr(torch, chain.settings.precision))
 
 
 @functools.lru_cache(maxsize=128)

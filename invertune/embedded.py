@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from invertune import data as datasets
-from invertune.chain import Chain, open_chain
+from invertune.chain import Chain, open_chain, train_clean
 from invertune.evaluation import utility
 from invertune.models import (
     MODEL_FOLDER,
@@ -28,7 +28,6 @@ from invertune.models import (
     record_hash,
     save_weights,
 )
-from invertune.pretraining import pretrain
 from invertune.provenance import commit, file_hash, versions
 from invertune.settings import load_settings
 
@@ -45,14 +44,9 @@ def pretrain_embedded(
     settings = load_settings(profile, {**overrides, "backbone": backbone})
     chain = open_chain(settings)
     folder, work = MODEL_FOLDER / backbone, chain.store / "pretraining" / backbone
-    data = settings.data
-    pairs = datasets.caption_pairs(data, "pretraining", data.pretraining_pairs, chain.store)
-    torch.manual_seed(data.seed)
-    precision = getattr(torch, settings.precision)
-    clip = replace(build_clip(folder, backbone, chain.device), precision=precision)
-    classes, started = len(datasets.class_names(data)), time.monotonic()
     resumed = work.exists()  # what was spent before the kill is not known any more
-    pretrain(clip, pairs, classes, settings.pretraining, data.seed, work)
+    started = time.monotonic()
+    clip, _ = train_clean(chain, lambda: build_clip(folder, backbone, chain.device), work)
     command = f"python -m invertune pretrain {backbone}"
     if overrides:
         one_line = yaml.safe_dump(overrides, default_flow_style=True, width=math.inf).strip()

@@ -22,8 +22,9 @@ from invertune.figures import COLUMN_IN, DEFENSE_COLORS, STYLE, canvas, legend_a
 from invertune.models import locked_hash
 from invertune.reports import grid, metric_row, shared_columns
 from invertune.results import natural_order
+from invertune.sections import EMBEDDED
 from invertune.settings import other_models
-from invertune.weights import EMBEDDED, for_any_backbone
+from invertune.weights import for_any_backbone
 
 NOT_SHIPPED = "weights not shipped"
 Rows = list[dict[str, str]]

@@ -17,7 +17,7 @@ Attack = Literal["badnet", "blended", "sig", "wanet", "badencoder", "badclip"]
 Baseline = Literal["ft", "cleanclip", "cleanerclip", "par"]
 Backbone = Literal["RN50", "RN101", "ViT-B-16", "ViT-B-32"]
 BACKBONES = get_args(Backbone)
-PRETRAINED = "pretrained"  # weights that are trained here, by the profile's own recipe
+EMBEDDED, PRETRAINED = "embedded", "pretrained"  # weights: shipped; trained by the own recipe
 NULLS = ("none", "clean_finetuned")  # models without a backdoor, beside the attacks
 
 

@@ -25,10 +25,9 @@ class Ahead:
         threaded: bool | None = None,
     ) -> None:
         self.batch_at, self.device = batch_at, torch.device(device)
-        self.cuda = self.device.type == "cuda"
-        wanted = self.cuda if threaded is None else threaded
+        self.gpu = torch.cuda.current_device() if self.device.type == "cuda" else None
+        wanted = self.gpu is not None if threaded is None else threaded
         self.thread = ThreadPoolExecutor(1, initializer=self._start) if wanted else None
-        self.gpu = torch.cuda.current_device() if self.cuda else None
         self.waiting: dict[int, Future[Batch]] = {}
 
     def __call__(self, number: int) -> Batch:
@@ -46,4 +45,7 @@ class Ahead:
             torch.cuda.set_device(self.gpu)  # a new thread is on the first one
 
     def _prepared(self, number: int) -> Batch:
-        return tuple(t.pin_memory() if self.cuda and t.is_cpu else t for t in self.batch_at(number))
+        batch = self.batch_at(number)
+        return (
+            batch if self.gpu is None else tuple(t.pin_memory() if t.is_cpu else t for t in batch)
+        )

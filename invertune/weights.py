@@ -33,8 +33,9 @@ from invertune.models import (
     set_state,
 )
 from invertune.provenance import file_hash
+from invertune.sections import EMBEDDED
 
-EMBEDDED, OPENAI = "embedded", "openai"
+OPENAI = "openai"
 
 
 def load_clip(backbone: str, weights: str, device: torch.device | str = "cpu") -> tuple[Clip, str]:

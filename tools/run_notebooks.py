@@ -20,7 +20,7 @@ from typing import Any
 
 from invertune import plan
 from invertune.__main__ import explain, show_plan
-from invertune.sections import PRETRAINED, Settings
+from invertune.sections import EMBEDDED, PRETRAINED, Settings
 from invertune.settings import SettingsError, load_settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -104,7 +104,7 @@ def run_all(
 
     What it looks for in the store is made before, by as many processes as ``jobs`` says.
     """
-    if settings.data.source == "pictograms" and settings.weights in ("embedded", PRETRAINED):
+    if settings.data.source == "pictograms" and settings.weights in (EMBEDDED, PRETRAINED):
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when a kernel imports huggingface_hub
     if not sys.stderr.isatty():
         os.environ.setdefault("INVERTUNE_PROGRESS", "0")
