@@ -48,11 +48,15 @@ def noise_and_erase(images: Tensor, fill: Tensor, settings: Par, seed: int, step
 
     With ``noise_probability`` an image gets the positive part of Gaussian noise (so it may exceed
     1, as in PAR's code); with ``erase_probability`` a square of ``erase_area`` (shares of the
-    image) becomes ``fill`` [1, 3, 1, 1], the mean color: zero once images are normalized.
+    image) becomes ``fill`` [1, 3, 1, 1], the mean color: zero once images are normalized. A GPU
+    draws the noise itself: one CPU thread draws for 450 images of 224 px a second.
     """
     rng = generator(seed, step, 2)
     n, _, height, width = images.shape
-    noise = (settings.noise_std * torch.randn(images.shape, generator=rng)).clamp(0, 1)
+    device = images.device
+    source = rng if images.is_cpu else torch.Generator(device).manual_seed(rng.initial_seed())
+    noise = torch.randn(images.shape, generator=source, device=device)
+    noise = (settings.noise_std * noise).clamp(0, 1)
     noisy = torch.rand(n, 1, 1, 1, generator=rng) < settings.noise_probability
     low, high = settings.erase_area
     area = torch.empty(n, 1, 1).uniform_(low, high, generator=rng) * height * width
@@ -62,5 +66,5 @@ def noise_and_erase(images: Tensor, fill: Tensor, settings: Par, seed: int, step
     row, column = torch.arange(height).view(1, -1, 1), torch.arange(width).view(1, 1, -1)
     inside = (row >= top) & (row < top + side) & (column >= left) & (column < left + side)
     erased = inside & (torch.rand(n, 1, 1, generator=rng) < settings.erase_probability)
-    changed = images + (noise * noisy).to(images.device)
-    return torch.where(erased[:, None].to(images.device), fill, changed)
+    changed = images + noise * noisy.to(device)
+    return torch.where(erased[:, None].to(device), fill, changed)

@@ -20,7 +20,7 @@ from invertune.data import Pairs
 from invertune.kernels import frozen_copy
 from invertune.losses import cut_off, feature_distance, in_modal_loss, sub_caption_loss
 from invertune.metrics import clean_accuracy
-from invertune.models import Clip, clone, embed_images, text_features, to_pixels
+from invertune.models import Clip, clone, embed_images, to_pixels, token_features
 from invertune.sections import Baselines, BaselineTraining, CleanClip, Par
 from invertune.text_augment import augment_captions, known_words, lexicon, sub_captions
 from invertune.training import (
@@ -33,9 +33,10 @@ from invertune.training import (
     pair_features,
     pair_indices,
 )
+from invertune.transfer import Ahead, Batch
 
 Terms = dict[str, Tensor]
-TermsAt = Callable[[Tensor, int], Terms]
+Method = tuple[Callable[[Tensor, int], Batch], Callable[..., Terms]]  # of rows, step; of a batch
 
 
 @dataclass(frozen=True)
@@ -83,34 +84,40 @@ def schedule(own: BaselineTraining, lr: float, pairs: int, legacy: bool) -> Reci
     return Recipe(own.steps, lr, own.warmup_steps, own.weight_decay, offset=offset)
 
 
-def ft(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> TermsAt:
+def ft(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Method:
     """Fine-tuning: the contrastive loss alone (CleanCLIP's code without its second term)."""
     clip.net.train()
     tokens = clip.tokenizer(list(pairs.captions))
 
-    def terms(rows: Tensor, step: int) -> Terms:
+    def batch_at(rows: Tensor, step: int) -> Batch:
         own = distributed.share(rows)
-        image, text = pair_features(clip, pairs.images[own], tokens[own], shared=True)
+        return pairs.images[own], tokens[own]
+
+    def terms(images: Tensor, words: Tensor) -> Terms:
+        image, text = pair_features(clip, images, words, shared=True)
         return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
 
-    return terms
+    return batch_at, terms
 
 
-def cleanclip(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> TermsAt:
+def cleanclip(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Method:
     """FT plus in-modal self-supervision on augmented images and captions (Bansal et al. 2023)."""
     clip.net.train()
     own = settings.cleanclip
     tokens = _both_tokens(clip, pairs.captions, settings.synonyms, own, seed)
 
-    def terms(rows: Tensor, step: int) -> Terms:
-        return _two_views(clip, pairs.images[rows], tokens[:, rows], own, seed, step)[0]
+    def batch_at(rows: Tensor, step: int) -> Batch:
+        return _two_views(pairs.images[rows], seed, step), tokens[:, rows]
 
-    return terms
+    def terms(views: Tensor, words: Tensor) -> Terms:
+        return _cleanclip_terms(clip, views, words, own)[0]
+
+    return batch_at, terms
 
 
 def cleanerclip(
     clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int
-) -> TermsAt:
+) -> Method:
     """CleanCLIP plus sub-captions on a random share of each batch (Xun et al. 2024).
 
     Our reconstruction: no reference code exists. Images whose caption has nothing to replace take
@@ -121,24 +128,28 @@ def cleanerclip(
     tokens = _both_tokens(clip, pairs.captions, settings.synonyms, own, seed)
     known = lexicon(pairs.captions, known_words(settings.synonyms).nouns)
 
-    def terms(rows: Tensor, step: int) -> Terms:
-        base, image = _two_views(clip, pairs.images[rows], tokens[:, rows], own, seed, step)
+    def batch_at(rows: Tensor, step: int) -> Batch:
         captions = [pairs.captions[row] for row in rows.tolist()]
         share, count = own.sub_caption_share, own.counterfactuals
         groups = sub_captions(captions, known, share, count, seed, step)
-        image = image[list(groups)]
+        drawn = torch.tensor(list(groups), dtype=torch.long)
+        texts = clip.tokenizer([text for group in groups.values() for text in group])
+        return _two_views(pairs.images[rows], seed, step), tokens[:, rows], drawn, texts
+
+    def terms(views: Tensor, words: Tensor, drawn: Tensor, sub_words: Tensor) -> Terms:
+        base, image = _cleanclip_terms(clip, views, words, own)
+        image = image[drawn]
         texts = image[:, None]
-        if groups:
-            flat = text_features(clip, [text for group in groups.values() for text in group])
-            texts = flat.view(len(groups), 1 + count, -1)
+        if len(drawn):
+            texts = token_features(clip, sub_words).view(len(drawn), 1 + own.counterfactuals, -1)
         sub = sub_caption_loss(image, texts, clip.net.logit_scale)
         loss = base["loss"] + own.sub_caption_weight * sub
         return {**base, "loss": loss, "sub_caption": sub}
 
-    return terms
+    return batch_at, terms
 
 
-def par(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> TermsAt:
+def par(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Method:
     """Perturb and recover: moves away from the suspected model's features (Singh et al. 2024).
 
     The contrastive loss minus half of the two distances, each until its cut-off. Batch norm is in
@@ -149,12 +160,14 @@ def par(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: in
     frozen, own = frozen_copy(suspected), settings.par
     tokens = clip.tokenizer(list(pairs.captions))
 
-    def terms(rows: Tensor, step: int) -> Terms:
+    def batch_at(rows: Tensor, step: int) -> Batch:
         pixels = to_pixels(pairs.images[rows], clip.device)
-        pixels = noise_and_erase(pixels, clip.mean, own, seed, step)
-        image, text = pair_features(clip, pixels, tokens[rows])
+        return noise_and_erase(pixels, clip.mean, own, seed, step), tokens[rows]
+
+    def terms(pixels: Tensor, words: Tensor) -> Terms:
+        image, text = pair_features(clip, pixels, words)
         with torch.no_grad():
-            original_image, original_text = pair_features(frozen, pixels, tokens[rows])
+            original_image, original_text = pair_features(frozen, pixels, words)
         image_distance = feature_distance(image, original_image)
         text_distance = feature_distance(text, original_text)
         perturbed = cut_off(image_distance, own.cutoff) + cut_off(text_distance, own.cutoff)
@@ -166,7 +179,7 @@ def par(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: in
             "text_distance": text_distance,
         }
 
-    return terms
+    return batch_at, terms
 
 
 def _both_tokens(
@@ -178,12 +191,16 @@ def _both_tokens(
     return torch.stack([clip.tokenizer(list(texts)) for texts in (captions, augmented)])
 
 
-def _two_views(
-    clip: Clip, images: Tensor, tokens: Tensor, own: CleanClip, seed: int, step: int
+def _two_views(images: Tensor, seed: int, step: int) -> Tensor:
+    """uint8 [2 N, 3, H, W]: ``images`` and their augmented versions."""
+    return torch.cat([images, auto_augment(images, seed, step)])
+
+
+def _cleanclip_terms(
+    clip: Clip, views: Tensor, tokens: Tensor, own: CleanClip
 ) -> tuple[Terms, Tensor]:
-    """CleanCLIP's loss on uint8 ``images`` and ``tokens`` [2, N, context]; image features."""
-    both = torch.cat([images, auto_augment(images, seed, step)])
-    features = pair_features(clip, both, tokens.flatten(0, 1))
+    """CleanCLIP's loss on ``_two_views`` and ``tokens`` [2, N, context]; image features [N, D]."""
+    features = pair_features(clip, views, tokens.flatten(0, 1))
     (image, other_image), (text, other_text) = (f.chunk(2) for f in features)
     contrastive = contrastive_loss(image, text, clip.net.logit_scale)
     in_modal = in_modal_loss(image, other_image, text, other_text, clip.net.logit_scale)
@@ -193,7 +210,7 @@ def _two_views(
 
 def _run(
     name: str,
-    prepare: Callable[[Clip, Clip, Pairs, Baselines, int], TermsAt],
+    prepare: Callable[[Clip, Clip, Pairs, Baselines, int], Method],
     suspected: Clip,
     pairs: Pairs,
     settings: Baselines,
@@ -201,17 +218,25 @@ def _run(
     seed: int,
     checkpoint: Path | None = None,
 ) -> Trained:
-    """The loop the four share: fine-tunes a copy of ``suspected``, with ten checkpoints a run."""
+    """The loop the four share: fine-tunes a copy of ``suspected``, with ten checkpoints a run.
+
+    On a GPU a thread augments the next batch meanwhile.
+    """
     own: BaselineTraining = getattr(settings, name)
     count = len(pairs.images)
     if count < own.batch:
         raise BatchError(f"baselines.{name}.batch = {own.batch}, but there are {count} pairs")
     clip = clone(suspected)
-    terms = prepare(clip, suspected, pairs, settings, seed)
+    batch_at, terms = prepare(clip, suspected, pairs, settings, seed)
+
+    def batch(step: int) -> Batch:
+        return batch_at(pair_indices(count, own.batch, seed, step, pairs.cycled), step)
+
+    batches = Ahead(batch, clip.device)
     try:
         log = fit(
             clip.net,
-            lambda step: terms(pair_indices(count, own.batch, seed, step, pairs.cycled), step),
+            lambda step: terms(*batches(step)),
             schedule(own, lr, count, settings.legacy_schedule),
             label=f"{name} at lr {lr:g}",
             checkpoint=checkpoint,

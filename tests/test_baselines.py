@@ -22,6 +22,7 @@ from invertune.models import MODEL_FOLDER, Clip, build_clip, clone, image_featur
 from invertune.sections import Baselines
 from invertune.settings import load_settings
 from invertune.training import Recipe, TrainingError, choose_lr, fit, pair_features
+from invertune.transfer import Ahead
 
 NAMES = ("apple", "cow", "star", "door", "mushroom")
 TARGET = 4
@@ -250,6 +251,19 @@ def test_a_seed_fixes_every_bit_and_another_one_changes_them(name: str) -> None:
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert not torch.equal(states[0]["text_projection"], states[2]["text_projection"])
     assert first.log == again.log
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_thread_prepares_the_same_batches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: what a thread draws is not disturbed by the training beside it."""
+    case, few = planted(), quick(steps=4)
+    whole = BASELINES[name](case.clip, case.pairs, few, 0.001, 1, None)
+    threaded = functools.partial(Ahead, threaded=True)
+    monkeypatch.setattr("invertune.baselines.Ahead", threaded)
+    again = BASELINES[name](case.clip, case.pairs, few, 0.001, 1, None)
+    assert again.log == whole.log
+    for key, tensor in whole.clip.net.state_dict().items():
+        assert torch.equal(tensor, again.clip.net.state_dict()[key]), key
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
