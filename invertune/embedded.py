@@ -37,7 +37,7 @@ def pretrain_embedded(
 ) -> Path:
     """Pretrains one embedded CLIP and writes its weights (float16) and model card.
 
-    ``overrides`` are nested settings that differ from the profile's; the card names them. Resumes
+    ``overrides`` are nested settings that differ from the profile's; the card names both. Resumes
     after a kill from the checkpoints in the store. Returns the model's folder.
     """
     overrides = overrides or {}
@@ -48,6 +48,8 @@ def pretrain_embedded(
     started = time.monotonic()
     clip, _ = train_clean(chain, lambda: build_clip(folder, backbone, chain.device), work)
     command = f"python -m invertune pretrain {backbone}"
+    if profile != "mini":
+        command += f" {profile}"
     if overrides:
         one_line = yaml.safe_dump(overrides, default_flow_style=True, width=math.inf).strip()
         command += f" --overrides '{one_line}'"

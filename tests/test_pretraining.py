@@ -1,5 +1,10 @@
 """Pretraining: balanced batches, augmentation, and a clean model that the profile trains itself."""
 
+import functools
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +14,9 @@ from hypothesis import strategies as st
 
 from invertune.augment import augment
 from invertune.chain import open_chain, pretrained
-from invertune.models import ModelError
+from invertune.models import WEIGHTS, ModelError
 from invertune.plan import planned
+from invertune.provenance import REPOSITORY
 from invertune.pretraining import balanced_indices
 from invertune.settings import load_settings
 from invertune.store import entries
@@ -50,6 +56,22 @@ def test_weights_that_are_pretrained_here_are_made_once_and_found_again(tmp_path
     assert again.key == model.key and not again.clip.net.training
     assert all(torch.equal(trained[k], v) for k, v in again.clip.net.state_dict().items())
     assert pretrained(open_chain(other, tmp_path)).key != model.key
+
+
+def test_the_command_writes_weights_that_load_and_a_card_that_names_it(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    for folder in ("invertune", "params", "data"):
+        shutil.copytree(REPOSITORY / folder, copy / folder)
+    env = {**os.environ, "PYTHONPATH": str(copy), "INVERTUNE_STORE": str(tmp_path / "store")}
+    run = functools.partial(subprocess.run, cwd=copy, env=env, check=True)
+    weights = copy / "data" / "mini" / "models" / "ViT-B-32" / WEIGHTS
+    before = weights.read_bytes()
+    command = ["-m", "invertune", "pretrain", "ViT-B-32", "smoke", "--overrides"]
+    run([sys.executable, *command, "{data: {seed: 1}}"])
+    assert weights.read_bytes() != before
+    card = weights.with_name("README.md").read_text()
+    assert f"`python {' '.join(command)} '{{data: {{seed: 1}}}}'`" in card
+    run([sys.executable, "-c", "from invertune.models import *; load_embedded('ViT-B-32')"])
 
 
 def test_there_are_networks_for_two_image_sizes() -> None:
