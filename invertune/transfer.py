@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -15,7 +17,8 @@ class Ahead:
     """``batch_at(number)`` on ``device``; while a GPU works, a thread prepares the next number's.
 
     Prepared means selected and in pinned memory, which is copied without waiting. An error of
-    ``batch_at`` is raised when its number is asked for. ``threaded`` None: on CUDA only.
+    ``batch_at`` is raised when its number is asked for. ``threaded`` None: on CUDA only. The thread
+    sees the caller's context variables, and ends with this object.
     """
 
     def __init__(
@@ -27,7 +30,8 @@ class Ahead:
         self.batch_at, self.device = batch_at, torch.device(device)
         self.gpu = torch.cuda.current_device() if self.device.type == "cuda" else None
         wanted = self.gpu is not None if threaded is None else threaded
-        self.thread = ThreadPoolExecutor(1, initializer=self._start) if wanted else None
+        start = None if self.gpu is None else functools.partial(torch.cuda.set_device, self.gpu)
+        self.thread = ThreadPoolExecutor(1, initializer=start) if wanted else None
         self.waiting: dict[int, Future[Batch]] = {}
 
     def __call__(self, number: int) -> Batch:
@@ -35,14 +39,13 @@ class Ahead:
         if self.thread is None:
             batch = self.batch_at(number)
         else:
-            found = self.waiting.get(number) or self.thread.submit(self._prepared, number)
-            self.waiting = {number + 1: self.thread.submit(self._prepared, number + 1)}
+            found = self.waiting.get(number) or self._submit(self.thread, number)
+            self.waiting = {number + 1: self._submit(self.thread, number + 1)}
             batch = found.result()
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
 
-    def _start(self) -> None:
-        if self.gpu is not None:
-            torch.cuda.set_device(self.gpu)  # a new thread is on the first one
+    def _submit(self, thread: ThreadPoolExecutor, number: int) -> Future[Batch]:
+        return thread.submit(contextvars.copy_context().run, self._prepared, number)
 
     def _prepared(self, number: int) -> Batch:
         batch = self.batch_at(number)

@@ -1,6 +1,10 @@
 """Batches that a thread prepares: the right ones, in any order, errors only where they belong."""
 
+import gc
+import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 
 import pytest
 import torch
@@ -45,3 +49,26 @@ def test_an_error_comes_with_the_number_that_has_it(threaded: bool) -> None:
     ahead(2)  # there is no batch 3
     with pytest.raises(IndexError):
         ahead(3)
+
+
+def test_what_it_holds_and_its_thread_go_with_it() -> None:
+    before, payload = set(threading.enumerate()), torch.zeros(3)
+    kept = weakref.ref(payload)
+    ahead = Ahead(lambda number, data=payload: (data + number,), "cpu", threaded=True)
+    ahead(0)
+    (thread,) = set(threading.enumerate()) - before
+    del ahead, payload
+    gc.collect()
+    thread.join(timeout=10)
+    assert not thread.is_alive() and kept() is None
+
+
+def test_a_thread_sees_the_context_of_the_call() -> None:
+    own = ContextVar("own", default=0)
+    ahead = Ahead(lambda number: (torch.tensor([own.get(), number]),), "cpu", threaded=True)
+    seen = []
+    for number, value in enumerate((1, 1, 2)):
+        token = own.set(value)
+        seen.append(ahead(number)[0].tolist())
+        own.reset(token)
+    assert seen == [[1, 0], [1, 1], [1, 2]]  # the last was prepared during the call before it
