@@ -10,9 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+
+from invertune.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ("data", "expected", "invertune", "notebooks", "params", "workflow")
+SLURM = ROOT / "workflow/profiles/slurm/config.yaml"
 CELL = Path("results/smoke/grid/attack/badclip-0.done")
 REMOTE = ("--executor=cluster-generic", "--cluster-generic-submit-cmd=bash")  # runs the job script
 pytestmark = pytest.mark.skipif(
@@ -85,8 +89,23 @@ def test_a_killed_remote_job_is_run_again_and_reported(folder):
     assert '"rule": "attack", "runtime"' in (folder / "report.html").read_text()
 
 
+def suggested() -> dict[str, int]:
+    """How many GPUs a job of each rule gets, by the example in the profile slurm."""
+    _, example = SLURM.read_text().split("# set-resources:\n")
+    rules = yaml.safe_load("".join(line.removeprefix("#") for line in example.splitlines(True)))
+    return {rule: own["gpu"] for rule, own in rules.items()}
+
+
+def test_the_suggested_gpus_hold_the_batch_of_par():
+    batch, per_pair_gb = load_settings("paper").baselines.par.batch, 0.067  # RN50, measured
+    for rule, times in (("baseline", 1), ("target", 1), ("backbone", 2)):  # ViT-B/16: about twice
+        gpus = suggested()[rule]
+        assert batch % gpus == 0 and times * per_pair_gb * batch / gpus < 80
+
+
 def test_the_grid_of_the_paper_trains_in_as_many_processes_as_a_job_has_gpus(folder):
-    names = ("--config", "profile=paper", "seeds=1,2", "--set-resources", "attack:gpu=4")
+    resources = [f"{rule}:gpu={gpus}" for rule, gpus in suggested().items()]
+    names = ("--config", "profile=paper", "seeds=1,2", "--set-resources", *resources)
     out = finish(snakemake(folder, "--dry-run", "--printshellcmds", *names))
     count = {
         p[0]: int(p[1])
@@ -99,6 +118,10 @@ def test_the_grid_of_the_paper_trains_in_as_many_processes_as_a_job_has_gpus(fol
     fill = "torchrun --standalone --nproc-per-node 4 -m invertune fill paper --only 01 --overrides"
     narrow = """'{"seeds": [2], "attacks": {"names": ["sig"]}}'"""
     assert f"{fill} {narrow} && papermill notebooks/01_attacks.ipynb" in out
-    assert out.count("torchrun") == count["attack"]
+    for number, rules in (("05", ["baseline"]), ("06", ["target", "backbone"])):
+        for rule in rules:
+            launch = f"torchrun --standalone --nproc-per-node {suggested()[rule]} -m invertune fill"
+            assert f"{launch} paper --only {number}" in out
+    assert out.count("torchrun") == sum(count[rule] for rule in suggested())
     beside = r'"attacks": {"names": ["badclip", "sig"]}, "baselines": {"names": ["par"]}'
     assert beside in out  # notebook 05 draws the rebound, which is BadCLIP's
