@@ -88,8 +88,10 @@ def _paper_data() -> list[str]:
             *lines,
             room,
         ]
-    found = [f"MISSING {problem}" for problem in real_data.problems(Path(root))]
-    return [*(found or [f"CC3M, ImageNet-1K and COCO found: {root}"]), room]
+    missing = list(real_data.problems(Path(root)))
+    held = [name for name in EXPECTED if not any(p.startswith(f"{name}:") for p in missing)]
+    lines = [f"found in {root}: {', '.join(held) or 'nothing'}", *(f"MISSING {p}" for p in missing)]
+    return [*lines, room]
 
 
 def _paper_weights() -> list[str]:

@@ -1,8 +1,8 @@
 """Where the paper's data lie below ``INVERTUNE_DATA``, and which files each part takes.
 
-Here: ImageNet-1K in class folders and COCO 2017 val with its captions; CC3M is in ``cc3m``. A
-sample's part follows from the seed and the files' names, so that parts share no image and a part
-only grows with its count.
+Here: ImageNet-1K in class folders, COCO 2017 val with its captions, and where WordNet lies; CC3M is
+in ``cc3m``. A sample's part follows from the seed and the files' names, so that parts share no
+image and a part only grows with its count.
 """
 
 from __future__ import annotations
@@ -19,19 +19,24 @@ from invertune.decoding import Sample
 
 ROOT = "INVERTUNE_DATA"
 CAPTIONS = "coco/annotations/captions_val2017.json"
+WORDNET_FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTIONS_PER_IMAGE = 5
 SHARE = 0.9  # of the wanted images that must be there
 TRAIN_PARTS = {"inversion": (0.0, 0.7), "heldout": (0.7, 0.9), "references": (0.9, 1.0)}
 EXPECTED = {
     "cc3m": "cc3m/00000.tar, ... as img2dataset writes them (KEY.jpg and KEY.txt; "
-    "--output_format webdataset --image_size 256), or one cc3m/NAME.csv with the columns image "
-    "and caption and paths relative to it; URLs: ai.google.com/research/ConceptualCaptions",
+    "--output_format webdataset --image_size 256 --resize_mode keep_ratio), or one cc3m/NAME.csv "
+    "with the columns image and caption and paths relative to it; URLs: "
+    "ai.google.com/research/ConceptualCaptions",
     "imagenet": "imagenet/train/n01440764/*.JPEG and imagenet/val/n01440764/*.JPEG, 1,000 class "
     "folders each; from image-net.org, ILSVRC2012 (its val archive is flat: move each image into "
     "its class's folder)",
     "coco": f"coco/val2017/*.jpg and {CAPTIONS}; from cocodataset.org, val2017.zip and "
     "annotations_trainval2017.zip",
+    "wordnet": f"wordnet/ with {', '.join(WORDNET_FILES)} (CleanCLIP's synonyms); WordNet 3.0's "
+    "database from wordnet.princeton.edu, WNdb-3.0.tar.gz, its folder dict, or /usr/share/wordnet "
+    "of the Debian package wordnet-base",
 }
 
 
@@ -53,19 +58,29 @@ class Chosen:
 
 
 def data_root() -> Path:
-    """``$INVERTUNE_DATA``; ``DataError`` where it or one of its folders is missing."""
+    """``$INVERTUNE_DATA``; ``DataError`` where it, a folder of it or WordNet is missing."""
     root = os.environ.get(ROOT)
     if not root:
         layout = "; ".join(EXPECTED.values())
         raise DataError(
-            "this profile reads CC3M, ImageNet-1K and COCO: set INVERTUNE_DATA to the folder that "
-            f"holds {layout}"
+            "this profile reads CC3M, ImageNet-1K, COCO and WordNet: set INVERTUNE_DATA to the "
+            f"folder that holds {layout}"
         )
     for folder in ("cc3m", "imagenet/train", "imagenet/val", "coco/val2017", "coco/annotations"):
         if not (Path(root) / folder).is_dir():
             expected = EXPECTED[folder.split("/")[0]]
             raise DataError(f"not found: {Path(root) / folder} (expected: {expected})")
+    wordnet_folder(Path(root))
     return Path(root)
+
+
+def wordnet_folder(root: Path) -> Path:
+    """The folder of WordNet's database below ``root``; ``DataError`` where a file is missing."""
+    folder = root / "wordnet"
+    for name in WORDNET_FILES:
+        if not (folder / name).is_file():
+            raise DataError(f"not found: {folder / name} (expected: {EXPECTED['wordnet']})")
+    return folder
 
 
 def image_files(folder: Path) -> list[tuple[str, int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,7 +33,9 @@ from invertune.layouts import (
     image_samples,
     read_coco,
     retrieval_samples,
+    wordnet_folder,
 )
+from invertune.metrics import word_matches
 from invertune.provenance import file_hash
 from invertune.sections import Data, Settings
 from invertune.store import Artifact, Tensors, Values, obtain
@@ -104,6 +106,7 @@ def problems(root: Path) -> Iterator[str]:
         "cc3m": lambda: caption_source(root),
         "imagenet": lambda: [class_folders(root / "imagenet" / s) for s in ("train", "val")],
         "coco": lambda: read_coco(root),
+        "wordnet": lambda: wordnet_folder(root),
     }
     for name, look in looks.items():
         try:
@@ -147,13 +150,14 @@ def retrieval(data: Data, store: Path) -> Part:
 def target_captions(data: Data, target: int, count: int, store: Path) -> tuple[str, ...]:
     """The first ``count`` captions of the poisoning part that hold the target's name as a word.
 
-    Plurals count (appendix A.1: 131 captions about mushrooms from CC3M). Where there are fewer,
-    these; raises ``DataError`` for less than half.
+    Plurals count, by ``word_matches`` (appendix A.1: 131 captions about mushrooms from CC3M). Where
+    there are fewer, these; raises ``DataError`` for less than half.
     """
     name = class_names()[target]
-    word = re.compile(rf"\b{re.escape(name)}(?:e?s)?\b", re.IGNORECASE)
-    captions = pairs(data, "poisoning", data.poisoning_pairs, store).captions
-    found = tuple(own[0] for own in captions if word.search(own[0]))[:count]
+    parts = pairs(data, "poisoning", data.poisoning_pairs, store).captions
+    captions = [own[0] for own in parts]
+    held = word_matches(captions, [name]).tolist()
+    found = tuple(itertools.compress(captions, held))[:count]
     if len(found) < max(1, count / 2):
         raise DataError(
             f"only {len(found)} of {len(captions):,} captions of CC3M hold the word {name!r}, "

@@ -16,13 +16,12 @@ from random import Random
 
 import torch
 
-from invertune.data import DataError
+from invertune.layouts import EXPECTED, WORDNET_FILES, DataError, wordnet_folder
 from invertune.sprites import load_sprites
 from invertune.training import generator
 
 LONGEST_TERM = 3  # words
 Synonyms = Mapping[str, Sequence[str]]
-WORDNET_FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
 
 
 def _words(text: str) -> frozenset[str]:
@@ -99,8 +98,10 @@ def known_words(source: str) -> Words:
         return Words(dict(zip(sprites.classes, sprites.keywords, strict=True)), sprites.classes)
     root = os.environ.get("INVERTUNE_DATA")
     if not root:
-        raise DataError("synonyms: wordnet needs INVERTUNE_DATA, the folder that holds wordnet/")
-    return read_wordnet(Path(root) / "wordnet")
+        raise DataError(
+            f"synonyms: wordnet needs INVERTUNE_DATA, the folder that holds {EXPECTED['wordnet']}"
+        )
+    return read_wordnet(wordnet_folder(Path(root)))
 
 
 def read_wordnet(folder: Path) -> Words:
@@ -108,11 +109,6 @@ def read_wordnet(folder: Path) -> Words:
     synonyms: dict[str, dict[str, None]] = {}
     nouns: frozenset[str] = frozenset()
     for name in WORDNET_FILES:
-        if not (folder / name).is_file():
-            raise DataError(
-                f"not found: {folder / name}; this folder must hold {', '.join(WORDNET_FILES)} of "
-                "WordNet 3.0 (https://wordnet.princeton.edu, or the Debian package wordnet-base)"
-            )
         with (folder / name).open(encoding="utf-8") as lines:
             for members in _synsets(lines):
                 for word in members:

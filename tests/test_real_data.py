@@ -106,6 +106,9 @@ def complete(tmp_path_factory) -> Path:
     write_classes(root / "imagenet/train", 5, 640)
     write_classes(root / "imagenet/val", 2, 2)
     write_coco(root / "coco", 12)
+    (root / "wordnet").mkdir()
+    for name in layouts.WORDNET_FILES:
+        (root / "wordnet" / name).touch()
     return root
 
 
@@ -113,7 +116,7 @@ def complete(tmp_path_factory) -> Path:
 def root(complete, tmp_path, monkeypatch) -> Path:
     """A data folder of links to the complete one, so that a test can replace a part."""
     folder = tmp_path / "data"
-    for name in ("cc3m", "imagenet/train", "imagenet/val", "coco"):
+    for name in ("cc3m", "imagenet/train", "imagenet/val", "coco", "wordnet"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(complete / name)
     monkeypatch.setenv("INVERTUNE_DATA", str(folder))
@@ -205,6 +208,23 @@ def test_target_names_captions_and_images(root, tmp_path) -> None:
         datasets.target_captions(DATA, 795, 20, tmp_path / "store")
 
 
+@pytest.mark.parametrize(
+    ("name", "held", "others"),
+    [
+        ("mushroom", ["A Mushroom.", "mushrooms, cut"], ["a mushroomy soup"]),
+        ("banana", ["one banana", "BANANAS"], ["a bananaes tree", "band"]),
+        ("lemon", ["lemon-tree", "two lemons"], ["a glass of lemonade"]),
+        ("ski", ["a ski lift", "Skis in the snow"], ["blue skies", "a skirt", "skiing", "sky"]),
+    ],
+)
+def test_target_captions_hold_the_word_or_its_plural(monkeypatch, name, held, others) -> None:
+    captions = [[text] for text in (*others, *held)]
+    part = real_data.Part(torch.empty(0), captions, torch.empty(0), Path())
+    monkeypatch.setattr(real_data, "pairs", lambda *_: part)
+    target = real_data.class_names().index(name)
+    assert real_data.target_captions(DATA, target, 4, Path()) == tuple(held)
+
+
 def test_changed_images_stay_in_memory(root, tmp_path) -> None:
     pairs = datasets.caption_pairs(DATA, "poisoning", 40, tmp_path / "store")
     before, images = pairs.images.clone(), datasets.writable_images(pairs)
@@ -283,6 +303,12 @@ def _half_coco(root: Path) -> None:
         (root / f"coco/val2017/{number:012}.jpg").unlink()
 
 
+def _wordnet_too_deep(root: Path) -> None:
+    (root / "wordnet").rename(root / "dict")
+    (root / "wordnet").mkdir()
+    (root / "dict").rename(root / "wordnet/dict")
+
+
 def _no_pairs(root: Path) -> None:
     (root / "cc3m").unlink()
     (root / "cc3m").mkdir()
@@ -299,6 +325,7 @@ def _no_pairs(root: Path) -> None:
         (_renamed_captions, r"not found: .*captions_val2017.json \(there: captions_val2014.json"),
         (_cut_captions, "is not a captions file of COCO"),
         (_half_coco, "only 7 images are both in .* half download"),
+        (_wordnet_too_deep, r"not found: .*wordnet/data.noun \(expected: .* wordnet-base"),
         (_no_pairs, "cc3m holds no .tar and no .csv; expected: cc3m/00000.tar"),
     ],
 )
@@ -399,6 +426,13 @@ def test_what_is_missing_is_told_with_its_layout(root) -> None:
     (root / "coco").unlink()
     (found,) = real_data.problems(root)
     assert found.startswith("coco: not found:") and "annotations_trainval2017.zip" in found
+    (root / "wordnet").unlink()
+    *_, found = real_data.problems(root)
+    assert found.startswith("wordnet: not found:") and "wordnet-base" in found
+
+
+def test_cc3m_is_to_be_downloaded_without_borders() -> None:
+    assert "--image_size 256 --resize_mode keep_ratio" in layouts.EXPECTED["cc3m"]
 
 
 def test_the_paper_needs_this_much_disk() -> None:

@@ -67,6 +67,7 @@ def test_help_names_every_option_without_an_environment():
         "purify",
         "check",
         "lab",
+        "env",
     ):
         assert word in result.stdout
 
@@ -84,6 +85,7 @@ def test_help_names_every_option_without_an_environment():
         (("smoke", "--overrides", "{a"), "is not YAML"),
         (("smoke", "--only", "99"), "no notebook starts with '99'; there are: 01_attacks"),
         (("smoke", "--fast"), "unrecognized arguments: --fast"),
+        (("env",), "env needs a command, for example: ./run_all.sh env python -m invertune --help"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, words):
@@ -92,6 +94,16 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, words):
     assert "Traceback" not in result.stderr
     lines = [line for line in result.stderr.splitlines() if not line.startswith("usage:")]
     assert len(lines) == 1
+
+
+def test_env_runs_any_command_in_the_environment():
+    result = run_all("env", "python", "-m", "invertune", "plan", "--help")
+    assert result.returncode == 0 and result.stdout.startswith("usage: python -m invertune plan")
+    code = "import os, sys; print(sys.prefix, os.getcwd(), *sys.argv[1:], sep='|'); sys.exit(7)"
+    result = run_all("env", "python", "-c", code, "two words", "-h")
+    assert result.stdout == f"{sys.prefix}|{REPOSITORY}|two words|-h\n"
+    assert result.returncode == 7
+    assert run_all("env", "torchrun", "--help").stdout.startswith("usage: torchrun")
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
@@ -142,6 +154,24 @@ def test_check_names_what_is_there_and_the_next_command(tmp_path):
     assert "hf download timm/resnet101_clip.openai open_clip_model.safetensors" in result.stdout
     assert "Traceback" not in result.stderr
     assert (result.returncode == 0) == ("RN50: found" in result.stdout)
+
+
+def test_check_tells_found_data_of_the_paper_from_missing(tmp_path):
+    (tmp_path / "wordnet").mkdir()
+    for kind in ("noun", "verb", "adj", "adv"):
+        (tmp_path / "wordnet" / f"data.{kind}").touch()
+    given = {"INVERTUNE_STORE": str(tmp_path), "INVERTUNE_DATA": str(tmp_path)}
+    lines = [line.strip() for line in invertune("check", **given).stdout.splitlines()]
+    assert f"found in {tmp_path}: wordnet" in lines
+    assert [" ".join(n.split()[:2]) for n in lines if n.startswith("MISSING")] == [
+        "MISSING cc3m:",
+        "MISSING imagenet:",
+        "MISSING coco:",
+    ]
+    (tmp_path / "wordnet/data.adv").unlink()
+    result = invertune("check", **given)
+    assert f"MISSING wordnet: not found: {tmp_path}/wordnet/data.adv" in result.stdout
+    assert f"found in {tmp_path}: nothing" in result.stdout
 
 
 CELL = """

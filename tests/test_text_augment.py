@@ -22,7 +22,6 @@ from invertune.text_augment import (
     known_words,
     lexicon,
     positive_sub_caption,
-    read_wordnet,
     sub_captions,
     units,
 )
@@ -177,7 +176,8 @@ def test_wordnet_is_read_from_its_own_files(tmp_path: Path, monkeypatch) -> None
 
 def test_missing_wordnet_is_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("INVERTUNE_DATA", raising=False)
-    with pytest.raises(DataError, match="INVERTUNE_DATA"):
+    with pytest.raises(DataError, match=r"INVERTUNE_DATA.* wordnet-base"):
         known_words("wordnet")
-    with pytest.raises(DataError, match=r"not found: .*data\.noun; this folder must hold"):
-        read_wordnet(tmp_path)
+    monkeypatch.setenv("INVERTUNE_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=r"not found: .*wordnet/data\.noun .*wordnet-base"):
+        known_words("wordnet")
