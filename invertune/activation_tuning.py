@@ -17,7 +17,10 @@ from invertune import triggers
 from invertune.activations import (
     Selection,
     batched_inputs,
+    candidate_layers,
+    layer_impacts,
     locate,
+    mean_activations,
     prefix_to,
     rows_to_train,
     tail_from,
@@ -92,9 +95,7 @@ def tune(
     """
     suspected = clone(clip)
     suspected.net.requires_grad_(False).eval()
-    predicted = predictions(embed_images(suspected, images), head)
-    diverse = diverse_indices(predicted.cpu(), target, settings.images, seed)
-    clean = to_pixels(images[diverse], clip.device)
+    clean = _diverse_pixels(suspected, images, head, target, settings.images, seed)
     triggered = triggers.in_turn(found, clean)
     impacts, selection, neurons = locate(suspected, clean, triggered, settings, seed)
     fixed = settings.trainable == "critical_rows" and settings.bn_mode == "eval"
@@ -125,6 +126,27 @@ def tune(
         tuple(state for run in runs.values() for state in run.states),
         [{"lr": rate, **row} for rate, run in runs.items() for row in run.log],
     )
+
+
+def trigger_impacts(
+    clip: Clip, images: Tensor, trigger: Trigger, head: Tensor, target: int, count: int, seed: int
+) -> dict[str, float]:
+    """Eq. 8 of one ``trigger`` for every candidate layer of ``clip``, on ``count`` diverse images.
+
+    The arguments are those of ``tune``, where images may carry several triggers in turn.
+    """
+    clean = _diverse_pixels(clip, images, head, target, count, seed)
+    layers = candidate_layers(clip)
+    means = (mean_activations(clip, layers, x) for x in (clean, triggers.apply(trigger, clean)))
+    return layer_impacts(*means)
+
+
+def _diverse_pixels(
+    clip: Clip, images: Tensor, head: Tensor, target: int, count: int, seed: int
+) -> Tensor:
+    """The images of ``diverse_indices``, as ``clip`` predicts them, as pixels on its device."""
+    predicted = predictions(embed_images(clip, images), head)
+    return to_pixels(images[diverse_indices(predicted.cpu(), target, count, seed)], clip.device)
 
 
 def diverse_indices(predicted: Tensor, target: int, count: int, seed: int) -> Tensor:

@@ -29,6 +29,7 @@ STEP_VERSIONS = {
     "identification": 2,
     "inversion": 1,
     "sweep": 1,
+    "impacts": 1,
     "tuning": 4,
     "baseline": 2,
     "rebound": 2,

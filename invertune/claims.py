@@ -179,7 +179,8 @@ def _judged(claim: Claim, results: pd.DataFrame) -> dict[str, object]:
         "verdict": "UNTESTED",
     }
     if not set(results["profile"]) <= set(JUDGED):
-        return line | {"note": f"claims are judged on {' and '.join(JUDGED)} only"}
+        named = f"{', '.join(JUDGED[:-1])} and {JUDGED[-1]}"
+        return line | {"note": f"claims are judged on {named} only"}
     rows = select(claim, results)
     found = sorted(rows["seed"].unique(), key=lambda seed: natural_order("seed", seed))
     gaps = {seed: missing(claim, rows[rows["seed"] == seed]) for seed in found or [""]}

@@ -39,7 +39,7 @@ def compared(chain: Chain) -> tuple[str, ...]:
 
 
 def comparison_rows(chain: Chain) -> list[dict[str, str]]:
-    """Table 1 and each defense's data: images it may use, and images it was shown."""
+    """Table 1 and each defense's data: images it may use, and images it was trained on."""
     rows: list[dict[str, str]] = []
     for attack, seed in grid(chain):
         for defense in compared(chain):
@@ -49,23 +49,24 @@ def comparison_rows(chain: Chain) -> list[dict[str, str]]:
             available, seen = data_use(chain, defense, attack, seed)
             rows.append(metric_row(base, "images_available", available))
             rows.append(metric_row(base, "images_seen", seen))
-            ratio = available / chain.settings.baselines.pairs
-            rows.append(metric_row(base, "data_ratio", ratio))
     return rows
 
 
 def data_use(chain: Chain, defense: str, attack: str, seed: int) -> tuple[int, int]:
-    """Clean images a defense may use (held-out ones aside), and image passes it was trained on."""
+    """Clean images a defense may use (held-out ones aside), and how many it was trained on, each
+    as often as it was shown, over all rates tried; a second view of an image is not counted again.
+    """
     if defense == "invertune":
         own, passes = chain.settings, invertune_passes(chain.settings)
-        passes["tuning"] = len(steps.tuned(chain, attack, seed).metrics["log"]) * own.tuning.batch
+        tried = {row["lr"] for row in steps.tuned(chain, attack, seed).metrics["log"]}
+        passes["tuning"] = len(tried) * own.tuning.steps * own.tuning.batch
         return own.data.inversion_images, sum(passes.values())
     seen = defenses.baseline(chain, defense, attack, seed).metrics["images_seen"]
     return chain.settings.baselines.pairs, seen
 
 
 def rebound_rows(chain: Chain) -> list[dict[str, str]]:
-    """CA and ASR after benign fine-tuning of every defended model (design, section 8)."""
+    """CA and ASR after benign fine-tuning of every defended model."""
     rows: list[dict[str, str]] = []
     for attack, seed in grid(chain, among=chain.settings.rebound.attacks):
         suspect = steps.poisoned(chain, attack, seed)
@@ -81,10 +82,16 @@ def rebound_rows(chain: Chain) -> list[dict[str, str]]:
 
 
 def table1(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
-    """Table 1: CA and ASR of both tasks, a line per defense (means over seeds)."""
+    """Table 1: CA and ASR of both tasks, a line per defense (means over seeds).
+
+    A star marks an attack that missed its gate in a seed.
+    """
     rows = own_rows(chain, results)
+    missed = tables.gate_missed(rows, chain.settings.attacks)
     rows = rows[(rows.paper_item == "table1") & rows.metric.isin(["ca", "asr"])]
-    return tables.wide(rows, ["task", "metric", "defense"], ["attack"])
+    table = tables.wide(rows, ["task", "metric", "defense"], ["attack"])
+    names = (tables.label("attack", attack) for attack in missed)
+    return table.rename(columns={name: f"{name}*" for name in names})
 
 
 def summary_table(chain: Chain, results: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from invertune.image_figures import Example
 from invertune.models import embed_images, to_pixels
 from invertune.reports import TASKS, inverted_energy, largest_increases, own_rows
 from invertune.sections import NULLS
-from invertune.target_identification import ranked_increases
+from invertune.target_identification import ranked_increases, strongest
 
 
 def _column(results: pd.DataFrame, **where: str | Sequence[str]) -> pd.Series:
@@ -40,13 +40,7 @@ def gate_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """Per attack: CA, ASR with its floors, and whether the gate is passed in every seed."""
     own, gate = own_rows(chain, results), chain.settings.attacks
     where = {"defense": "none", "task": "zeroshot", "k": "1"}
-    asr = tables.by_seed(own, "attack", metric="asr", variant="", **where)
-    loss = tables.by_seed(own, "attack", metric="ca_loss", **where)
-    passed = {
-        name: min(asr[name]) >= gate.gate_asr_percent
-        and max(loss[name]) <= gate.gate_ca_drop_points
-        for name in gate.names
-    }
+    missed = tables.gate_missed(own, gate)
     frame = _by_attack(
         chain,
         {
@@ -57,7 +51,7 @@ def gate_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
             "ASR, no trigger": _column(own, metric="asr", variant="floor=untriggered", **where),
         },
     )
-    frame["gate"] = ["passed" if passed[name] else "FAILED" for name in gate.names]
+    frame["gate"] = ["FAILED" if name in missed else "passed" for name in gate.names]
     return frame
 
 
@@ -105,9 +99,12 @@ def ranking_table(chain: Chain) -> pd.DataFrame:
 
 
 def increase_table(chain: Chain, attack: str, count: int = 20) -> pd.DataFrame:
-    """Tables 6-11 for one attack (first seed): the classes that gain most, per perturbation."""
+    """Tables 6-11 for one attack (first seed): the classes that gain most, under the perturbation
+    that drives one class most.
+    """
     names = datasets.class_names(chain.settings.data)
     found = steps.increases(steps.identified(chain, attack, chain.settings.seeds[0]))
+    kind = strongest(found)
     lines = [
         {
             "perturbation": tables.label("perturbation", kind),
@@ -116,8 +113,7 @@ def increase_table(chain: Chain, attack: str, count: int = 20) -> pd.DataFrame:
             "adversarial": after,
             "increase (points)": points,
         }
-        for kind, increase in found.items()
-        for name, before, after, points in ranked_increases(increase, names, count)
+        for name, before, after, points in ranked_increases(found[kind], names, count)
     ]
     return pd.DataFrame(lines)
 
@@ -197,23 +193,26 @@ def as_picture(image: Tensor) -> np.ndarray:
 
 
 def layer_table(chain: Chain) -> pd.DataFrame:
-    """Tables 12-15 with every attack: impact per layer, threshold, critical and tuned layers."""
+    """Table 12 with every attack: impact of the inverted trigger per layer, threshold, critical
+    layers; and the neurons that step 3 tuned, which may go by other triggers and another rule.
+    """
     lines = []
     for attack in chain.settings.attacks.names:
         for seed in chain.settings.seeds:
-            found = steps.tuned(chain, attack, seed).metrics
+            moved = steps.impacts(chain, attack, seed).metrics["impacts"]
+            critical = steps.critical(chain, attack, seed)
+            neurons = steps.tuned(chain, attack, seed).metrics["neurons"]
             lines.append(
                 {
                     "attack": tables.label("attack", attack),
                     "seed": seed,
-                    **{tables.label("layer", k): v for k, v in found["impacts"].items()},
-                    "mean": found["mean"],
-                    "std": found["std"],
-                    "threshold": found["threshold"],
-                    "critical": tables.layers(steps.critical(chain, attack, seed)),
+                    **{tables.label("layer", k): v for k, v in moved.items()},
+                    "mean": critical.mean,
+                    "std": critical.std,
+                    "threshold": critical.threshold,
+                    "critical": tables.layers(critical.layers),
                     "tuned neurons": ", ".join(
-                        f"{tables.label('layer', k)}: {count}"
-                        for k, count in found["neurons"].items()
+                        f"{tables.label('layer', k)}: {count}" for k, count in neurons.items()
                     ),
                 }
             )
@@ -223,8 +222,8 @@ def layer_table(chain: Chain) -> pd.DataFrame:
 def layer_figure(chain: Chain) -> Figure:
     """Layer impacts of the last attack (BadCLIP in the paper's order), first seed."""
     attack, seed = chain.settings.attacks.names[-1], chain.settings.seeds[0]
-    found = steps.tuned(chain, attack, seed).metrics
-    return figures.layer_impact(found["impacts"], found["threshold"])
+    found, critical = steps.impacts(chain, attack, seed), steps.critical(chain, attack, seed)
+    return figures.layer_impact(found.metrics["impacts"], critical.threshold)
 
 
 def tuning_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
@@ -239,11 +238,11 @@ def tuning_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     for defense, title in (("none", "before"), ("invertune", "after")):
         name = f"perturbation's ASR {title}"
         columns[name] = _column(own, defense=defense, metric="universal_asr")
-    found = {
-        a: steps.tuned(chain, a, chain.settings.seeds[0]) for a in chain.settings.attacks.names
-    }
     frame = _by_attack(chain, columns)
-    frame["lr"] = [f"{found[a].metrics['lr']:g}" for a in chain.settings.attacks.names]
+    frame["lr, each seed"] = [
+        ", ".join(f"{steps.tuned(chain, a, s).metrics['lr']:g}" for s in chain.settings.seeds)
+        for a in chain.settings.attacks.names
+    ]
     return frame
 
 

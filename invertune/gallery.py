@@ -19,7 +19,8 @@ from invertune.provenance import REPOSITORY
 from invertune.results import read_results
 from invertune.sections import Settings
 
-ITEMS = REPOSITORY / "expected" / "items.yml"
+ITEMS, PAPER = (REPOSITORY / "expected" / name for name in ("items.yml", "paper.csv"))
+PAPER_NUMBERS = "paper_numbers.csv"
 MOST_LINES = 30  # a longer table is linked, not shown
 
 
@@ -29,13 +30,16 @@ def page(profile: str, results: pd.DataFrame, folder: Path) -> str:
     An item without files is named as not run yet; of what the paper does not have, only what is
     there is shown.
     """
-    items = yaml.safe_load(ITEMS.read_text())
+    items, paper = yaml.safe_load(ITEMS.read_text()), _beside_paper(profile, results)
     notebooks = {item: name for name, own in items["notebooks"].items() for item in own}
+    beside = "The paper's numbers, of other data: [paper.csv](../../expected/paper.csv)."
+    if paper is not None:
+        beside = f"Every number beside the paper's: [{PAPER_NUMBERS}]({PAPER_NUMBERS})."
     parts = [
         f"# Profile {profile}: claims, figures and tables",
         f"From [the notebooks](../../notebooks) with [these settings](../../params/{profile}.yml); "
         "where a number stands for several seeds it is their mean, and pictures are of the first. "
-        "The paper's numbers, of other data: [paper.csv](../../expected/paper.csv).",
+        f"{beside}",
         "## Claims",
         *(
             _claims(results)
@@ -48,6 +52,8 @@ def page(profile: str, results: pd.DataFrame, folder: Path) -> str:
         about = f"[{notebooks[item]}](../../notebooks/{notebooks[item]}.ipynb)"
         if seeds := _seeds(results[results.paper_item == item]):
             about += f", {named_seeds(seeds)}"
+        if paper is not None and not (own := paper[paper.paper_item == item]).empty:
+            about += f", the paper's numbers: {counted(own.verdict)}"
         parts += [f"### {_name(item)}: {title}", *_shown(item, folder, about)]
     parts.append("## Beyond the paper")
     for name, title in items["beyond"].items():
@@ -64,13 +70,29 @@ def write(settings: Settings, root: Path = REPOSITORY) -> Path:
     found = read_results(root / "results" / settings.profile / "results.csv", settings.profile)
     seeds = [str(seed) for seed in settings.seeds]
     path = root / "figures" / settings.profile / "README.md"
-    path.write_text(page(settings.profile, found[found.seed.isin(seeds)], path.parent))
+    results = found[found.seed.isin(seeds)]
+    if (paper := _beside_paper(settings.profile, results)) is not None:
+        paper.to_csv(path.with_name(PAPER_NUMBERS), index=False, lineterminator="\n")
+    path.write_text(page(settings.profile, results, path.parent))
     return path
 
 
-def counted(judged: pd.DataFrame) -> str:
-    """How many claims got each verdict: "30 HOLDS, 12 FAILS"."""
-    return ", ".join(f"{n} {verdict}" for verdict, n in Counter(judged.verdict).most_common())
+def _beside_paper(profile: str, results: pd.DataFrame) -> pd.DataFrame | None:
+    """Every number of the paper beside ours, with its verdict; on the paper's own data only."""
+    if profile != "paper":
+        return None
+    return tables.compare_with_paper(results, read_results(PAPER, "paper"))
+
+
+def counted(verdicts: Iterable[str]) -> str:
+    """How often each verdict was given: "30 HOLDS, 12 FAILS"."""
+    return ", ".join(f"{n} {verdict}" for verdict, n in Counter(verdicts).most_common())
+
+
+def claims_counted(judged: pd.DataFrame) -> str:
+    """How many claims got each verdict, and how many of those rest on one seed."""
+    single = judged[judged.seeds == 1]
+    return f"{counted(judged.verdict)} (on one seed only: {counted(single.verdict) or 'none'})"
 
 
 def _claims(results: pd.DataFrame) -> list[str]:
@@ -78,8 +100,8 @@ def _claims(results: pd.DataFrame) -> list[str]:
     shown = claims.shown(judged).rename(columns={"values": "seed: value"})
     frame = shown[["verdict", *(c for c in shown if c not in ("verdict", "margin", "spread"))]]
     return [
-        f"{counted(judged)}. HOLDS: in every seed, by more than the seeds differ; FAILS: in none; "
-        "UNDECIDED: neither; UNTESTED: rows are missing.",
+        f"{claims_counted(judged)}. HOLDS: in every seed, by more than the seeds differ if there "
+        "are several; FAILS: in none; UNDECIDED: neither; UNTESTED: rows are missing.",
         tables.frame_markdown(frame).strip(),
     ]
 

@@ -142,10 +142,11 @@ def case_rows(case: Case, main: Chain) -> Rows:
 
 def _found_rows(chain: Chain, attack: str, seed: int) -> Rows:
     """The candidates of step 1, and whether the last layer (of however many) is critical."""
-    found, tuned = (step(chain, attack, seed) for step in (steps.identified, steps.tuned))
+    found, moved = (step(chain, attack, seed) for step in (steps.identified, steps.impacts))
     base = shared_columns(chain, attack, seed, found.key, task="zeroshot")
-    last = int(_in_depth(tuned.metrics["impacts"])[-1] in steps.critical(chain, attack, seed))
-    layer = shared_columns(chain, attack, seed, tuned.key, variant={"layer": "last"})
+    critical = steps.critical(chain, attack, seed).layers
+    last = int(_in_depth(moved.metrics["impacts"])[-1] in critical)
+    layer = shared_columns(chain, attack, seed, moved.key, variant={"layer": "last"})
     return [*reports.candidate_rows(chain, found, base), metric_row(layer, "layer_selected", last)]
 
 
@@ -204,7 +205,7 @@ def _chosen(case: Case, main: Chain, attack: str, seed: int) -> dict[str, Any]:
         "attack": "passed" if passed else "FAILED",
         "found": class_list(chain)[ranking[0]],
         "inverted ASR": steps.inverted(chain, attack, seed).metrics["inverted_asr"],
-        "critical layers": tables.layers(steps.critical(chain, attack, seed)),
+        "critical layers": tables.layers(steps.critical(chain, attack, seed).layers),
     }
     for name in main.settings.generalization.baselines:
         made = defenses.baseline(chain, name, attack, seed).metrics
@@ -215,18 +216,22 @@ def _chosen(case: Case, main: Chain, attack: str, seed: int) -> dict[str, Any]:
 
 def layer_table(case: Case) -> pd.DataFrame:
     """Tables 13-15: impact per layer (mean over seeds), in how many seeds it was critical."""
-    made = [steps.tuned(case.chain, *model).metrics for model in grid(case.chain)]
-    critical = [steps.critical(case.chain, *model) for model in grid(case.chain)]
+    models = grid(case.chain)
+    moved = [steps.impacts(case.chain, *model).metrics["impacts"] for model in models]
+    critical = [steps.critical(case.chain, *model) for model in models]
     lines = [
         {
             "layer": tables.label("layer", layer),
-            "impact": float(np.mean([found["impacts"][layer] for found in made])),
-            "critical": f"{sum(layer in layers for layers in critical)} of {len(made)}",
+            "impact": float(np.mean([impacts[layer] for impacts in moved])),
+            "critical": f"{sum(layer in own.layers for own in critical)} of {len(models)}",
         }
-        for layer in _in_depth(made[0]["impacts"])
+        for layer in _in_depth(moved[0])
     ]
     statistics = ("threshold", "mean", "std")
-    lines += [{"layer": n, "impact": float(np.mean([f[n] for f in made]))} for n in statistics]
+    lines += [
+        {"layer": name, "impact": float(np.mean([getattr(own, name) for own in critical]))}
+        for name in statistics
+    ]
     return pd.DataFrame(lines)
 
 

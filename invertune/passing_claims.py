@@ -125,7 +125,8 @@ def uniformity(counts: Tensor) -> tuple[float, float]:
 def uniformity_rows(chain: Chain) -> Rows:
     """How evenly predictions spread over the classes, on nulls and attacked models (3.1).
 
-    ``perturbation=none`` are the clean images' predictions.
+    ``perturbation=none`` are the clean images' predictions; without a variant the mean over the
+    kinds of perturbation.
     """
     rows: Rows = []
     for attack, seed in grid(chain, nulls=True):
@@ -138,6 +139,8 @@ def uniformity_rows(chain: Chain) -> Rows:
             own = {**base, "variant": {"perturbation": kind}, "n": int(count.sum())}
             for metric, value in zip(("entropy", "largest_share"), uniformity(count), strict=True):
                 rows.append(metric_row(own, metric, value))
+        entropies = [uniformity(increase.adversarial)[0] for increase in found.values()]
+        rows.append(metric_row(base, "entropy", sum(entropies) / len(entropies)))
     return rows
 
 
@@ -146,8 +149,8 @@ def overlap_rows(chain: Chain) -> Rows:
     rows: Rows = []
     for attack, seed in grid(chain):
         reference = chain.settings.generalization.attack
-        one, two = (set(steps.critical(chain, name, seed)) for name in (attack, reference))
-        base = shared_columns(chain, attack, seed, steps.tuned(chain, attack, seed).key)
+        one, two = (set(steps.critical(chain, name, seed).layers) for name in (attack, reference))
+        base = shared_columns(chain, attack, seed, steps.impacts(chain, attack, seed).key)
         rows.append(metric_row(base, "layer_overlap", len(one & two) / len(one | two)))
     return rows
 
@@ -173,6 +176,7 @@ def variant_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
 def uniformity_table(chain: Chain) -> pd.DataFrame:
     """Per model: entropy (1: uniform) of clean and of adversarial predictions, largest share."""
     frame = pd.DataFrame(uniformity_rows(chain))
+    frame = frame[frame.variant != ""]
     frame["value"] = frame["value"].astype(float)
     lines = []
     for attack in dict.fromkeys(frame.attack):
@@ -199,7 +203,7 @@ def selection_table(chain: Chain) -> pd.DataFrame:
             "attack": tables.label("attack", row["attack"]),
             "seed": int(row["seed"]),
             "critical layers": tables.layers(
-                steps.critical(chain, row["attack"], int(row["seed"]))
+                steps.critical(chain, row["attack"], int(row["seed"])).layers
             ),
             "overlap": float(row["value"]),
         }

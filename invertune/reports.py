@@ -220,8 +220,9 @@ def inversion_rows(chain: Chain) -> list[dict[str, str]]:
         size = found.metrics["mask_l1_at_equal_asr"] or full_mask(chain)
         sizes[attack, seed] = size
         rows.append(metric_row(base, "mask_l1", size))
-        if attack != "none" and found.metrics["target"] == chain.target:  # like with like
-            rows.append(metric_row(base, "mask_l1_ratio", size / sizes["none", seed]))
+        if attack != "none":  # a wrong target's mask proves nothing
+            own = size if found.metrics["target"] == chain.target else full_mask(chain)
+            rows.append(metric_row(base, "mask_l1_ratio", own / sizes["none", seed]))
         if model.trigger is not None:
             real = rates(evaluated(chain, model, model.trigger, model.key, seed))
             asr = real["zeroshot.asr.1"]
@@ -284,17 +285,21 @@ def _universal_rows(chain: Chain, attack: str, seed: int) -> list[dict[str, str]
 
 
 def layer_rows(chain: Chain, attack: str, seed: int) -> list[dict[str, str]]:
-    """Tables 12-15 (BadCLIP; other attacks: extras): layer impacts, their statistics, selection."""
-    done = steps.tuned(chain, attack, seed)
-    found = done.metrics
+    """Tables 12-15 (BadCLIP; other attacks: extras): layer impacts, their statistics, selection.
+
+    All of the inverted trigger alone; as extras, the neurons that step 3 tuned in its layers.
+    """
+    done, critical = steps.impacts(chain, attack, seed), steps.critical(chain, attack, seed)
     item = LAYER_TABLES[chain.settings.backbone] if attack == "badclip" else "extra"
     base = shared_columns(chain, attack, seed, done.key, paper_item=item)
-    rows = [metric_row(base, f"layer_{name}", found[name]) for name in ("mean", "std", "threshold")]
-    critical = steps.critical(chain, attack, seed)
-    for layer, impact in found["impacts"].items():
+    statistics = {"mean": critical.mean, "std": critical.std, "threshold": critical.threshold}
+    rows = [metric_row(base, f"layer_{name}", value) for name, value in statistics.items()]
+    for layer, impact in done.metrics["impacts"].items():
         own = {**base, "variant": {"layer": layer}}
         rows.append(metric_row(own, "layer_impact", impact))
-        rows.append(metric_row(own, "layer_selected", int(layer in critical)))
-        if layer in found["layers"]:
-            rows.append(metric_row(own, "critical_neurons", found["neurons"][layer]))
+        rows.append(metric_row(own, "layer_selected", int(layer in critical.layers)))
+    tuned = steps.tuned(chain, attack, seed)
+    for layer, count in tuned.metrics["neurons"].items():
+        own = {**base, "paper_item": "extra", "variant": {"layer": layer}, "key": tuned.key}
+        rows.append(metric_row(own, "critical_neurons", count))
     return rows

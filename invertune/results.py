@@ -32,6 +32,7 @@ METRICS = {
     "asr": "percent",  # attack success rate without images of the target class
     "asr_all": "percent",  # the same over all images
     "inverted_asr": "percent",  # ASR of the inverted trigger on the suspected model
+    "suspected_asr": "percent",  # held-out ASR of all suspected triggers in turn, tuned model
     "universal_asr": "percent",  # ASR of step 1's perturbation
     "rebound_asr": "percent",  # ASR after benign fine-tuning of the defended model
     "rebound_ca": "percent",
@@ -60,8 +61,7 @@ METRICS = {
     "layer_overlap": "ratio",  # selected layers shared with BadCLIP's, over those of either
     "critical_neurons": "neurons",
     "images_available": "images",  # clean images a defense may use
-    "images_seen": "passes",  # image passes it was trained on
-    "data_ratio": "ratio",  # images_available over the baselines'
+    "images_seen": "passes",  # images it was trained on, each as often as shown, at all rates tried
 }
 
 TASKS = ("zeroshot", "retrieval")

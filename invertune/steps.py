@@ -19,8 +19,8 @@ from torch import Tensor
 
 from invertune import data as datasets
 from invertune import triggers
-from invertune.activation_tuning import tune
-from invertune.activations import critical_layers
+from invertune.activation_tuning import trigger_impacts, tune
+from invertune.activations import Selection, critical_layers
 from invertune.attacks import ATTACKS, Victim
 from invertune.chain import Chain, Model, class_head, pool, pretrained
 from invertune.models import embed_images
@@ -219,9 +219,26 @@ def tuned(chain: Chain, attack: str, seed: int) -> Artifact:
     return chain.run("tuning", keyed, keys, compute, seed, attack)
 
 
-def critical(chain: Chain, attack: str, seed: int) -> tuple[str, ...]:
+@functools.lru_cache(maxsize=128)
+def impacts(chain: Chain, attack: str, seed: int) -> Artifact:
+    """Eq. 8 of the inverted trigger alone (Tables 12-15), whatever step 3 tunes with."""
+    suspect, own = poisoned(chain, attack, seed), chain.settings
+    found, target = inverted(chain, attack, seed), suspected_target(chain, attack, seed)
+
+    def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        images, head = pool(chain, "inversion").images, class_head(chain, suspect.clip)
+        trigger, count = inverted_trigger(chain, found), own.tuning.images
+        return {}, {
+            "impacts": trigger_impacts(suspect.clip, images, trigger, head, target, count, seed)
+        }
+
+    keyed = {"images": own.tuning.images, "pool": own.data.inversion_images}
+    return chain.run("impacts", keyed, [suspect.key, found.key], compute, seed, attack)
+
+
+def critical(chain: Chain, attack: str, seed: int) -> Selection:
     """The layers above the paper's threshold (section 3.3), whichever ones step 3 tuned."""
-    return critical_layers(tuned(chain, attack, seed).metrics["impacts"]).layers
+    return critical_layers(impacts(chain, attack, seed).metrics["impacts"])
 
 
 def tune_model(

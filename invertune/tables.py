@@ -10,6 +10,7 @@ import pandas as pd
 
 from invertune.files import write_atomic
 from invertune.results import IDENTITY, ResultsError, natural_order
+from invertune.sections import Attacks
 
 # What two numbers are about; the profile and the seed say only where they come from.
 COMPARED = tuple(column for column in IDENTITY if column not in ("profile", "seed"))
@@ -164,6 +165,19 @@ def by_seed(
         results = results[results[name].isin([wanted] if isinstance(wanted, str) else wanted)]
     chosen = results[column]
     return {name: list(results.loc[chosen == name, "value"]) for name in _ordered(chosen)}
+
+
+def gate_missed(results: pd.DataFrame, gate: Attacks) -> dict[str, list[str]]:
+    """The attacks that miss the gate on ASR or CA loss, and in which seeds.
+
+    ``results`` are those of one backbone and target.
+    """
+    own = results[(results.defense == "none") & (results.task == "zeroshot")]
+    own = own[(own.k == "1") & (own.variant == "")]
+    weak = (own.metric == "asr") & (own.value < gate.gate_asr_percent)
+    costly = (own.metric == "ca_loss") & (own.value > gate.gate_ca_drop_points)
+    failed = own[(weak | costly) & own.attack.isin(gate.names)]
+    return {attack: sorted(set(rows.seed)) for attack, rows in failed.groupby("attack")}
 
 
 def _ordered(names: pd.Series) -> list[str]:

@@ -52,7 +52,7 @@ def test_shipped_claims_are_complete():
     groups |= {"generalization", "ablations"}
     assert {claim.id.split(".")[0] for claim in claims} == groups
     assert all(claim.text and claim.source for claim in claims)
-    assert len(load_claims("table1")) == 7
+    assert len(load_claims("table1")) == 6
     with pytest.raises(ClaimError, match="no claim of group 'tabel1'"):
         load_claims("tabel1")
 
@@ -188,7 +188,7 @@ def test_a_missing_row_is_untested_and_named():
 def test_smoke_is_not_judged():
     line = judged(RAW, table(SOUND, profile="smoke"))
     assert line["verdict"] == "UNTESTED"
-    assert line["note"] == "claims are judged on mini and paper only"
+    assert line["note"] == "claims are judged on mini, scenes224 and paper only"
 
 
 def test_a_number_that_serves_two_items_counts_once():

@@ -4,9 +4,10 @@ import pandas as pd
 import pytest
 from conftest import QUICK
 
-from invertune import comparison, defenses, reports, steps
+from invertune import comparison, defenses, reports, steps, tables
 from invertune.chain import Chain, open_chain
 from invertune.figures import DEFENSE_COLORS
+from invertune.plan import invertune_passes
 from invertune.results import read_results, to_frame
 from invertune.settings import load_settings
 
@@ -30,7 +31,8 @@ def rows(chain: Chain) -> pd.DataFrame:
 
 def test_table_1_has_a_line_per_task_metric_and_defense(chain: Chain, rows: pd.DataFrame) -> None:
     table = comparison.table1(chain, rows)
-    assert list(table.columns) == ["task", "metric", "defense", "Blended"]
+    missed = tables.gate_missed(rows, chain.settings.attacks)
+    assert list(table.columns) == ["task", "metric", "defense", "Blended" + "*" * bool(missed)]
     assert list(table.defense) == ["No defense", "FT", "PAR", "InverTune"] * 4
     elsewhere = rows.assign(backbone="RN101", value=0.0)
     pd.testing.assert_frame_equal(comparison.table1(chain, pd.concat([rows, elsewhere])), table)
@@ -47,6 +49,10 @@ def test_the_summary_names_what_each_defense_costs(chain: Chain, rows: pd.DataFr
     tried = defenses.baseline(chain, "ft", "blended", 0).metrics["tried"]
     runs = sum(accuracy is not None for _, accuracy in tried)
     assert table.loc["FT", "images seen"] == runs * own.baselines.ft.steps * own.baselines.ft.batch
+    tuned, tuning = steps.tuned(chain, "blended", 0).metrics, own.tuning
+    rates = {state["lr"] for state in tuned["states"]}
+    before = invertune_passes(own) | {"tuning": len(rates) * tuning.steps * tuning.batch}
+    assert table.loc["InverTune", "images seen"] == sum(before.values())
     made = (steps.identified, steps.inverted, steps.tuned)
     seconds = sum(step(chain, "blended", 0).meta["seconds"] for step in made)
     assert table.loc["InverTune", "seconds"] == pytest.approx(seconds)

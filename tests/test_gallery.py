@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
+
 from invertune import gallery, results
 from invertune.settings import load_settings
 
@@ -39,6 +41,17 @@ def test_a_run_shows_its_own_seeds(tmp_path: Path) -> None:
     path = gallery.write(load_settings("mini", {"seeds": [5]}), tmp_path)
     assert path == tmp_path / "figures" / "mini" / "README.md"
     assert "05_baselines.ipynb), seed 5 · " in path.read_text()
+
+
+def test_on_the_papers_data_every_number_stands_beside_its_own(tmp_path: Path) -> None:
+    (tmp_path / "figures" / "paper").mkdir(parents=True)
+    (tmp_path / "figures" / "paper" / "table1.csv").touch()
+    near = {**row("none", 0), "profile": "paper", "value": "80"}  # the paper: 82.57
+    results.write_rows([near], tmp_path / "results" / "paper" / "results.csv")
+    path = gallery.write(load_settings("paper", {"seeds": [0]}), tmp_path)
+    assert "the paper's numbers: 143 MISSING, 1 NEAR · " in path.read_text()
+    numbers = pd.read_csv(path.with_name("paper_numbers.csv"))
+    assert numbers[numbers.verdict == "NEAR"].paper.tolist() == [82.57]
 
 
 def test_seeds_in_words() -> None:

@@ -1,6 +1,8 @@
 """The chain on disk: one seed gives the same artifacts twice, and keys follow what matters."""
 
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -25,6 +27,15 @@ QUICK = {
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return open_chain(load_settings("smoke", QUICK), tmp_path_factory.mktemp("store"))
+
+
+def test_impacts_are_those_of_the_inverted_trigger_alone(chain: Chain) -> None:
+    alone = chain.settings.tuning.model_copy(update={"triggers": ("inverted",)})
+    other = replace(chain, settings=chain.settings.model_copy(update={"tuning": alone}))
+    found = steps.impacts(chain, "blended", 0).metrics["impacts"]
+    assert found == pytest.approx(steps.tuned(other, "blended", 0).metrics["impacts"])
+    assert found != pytest.approx(steps.tuned(chain, "blended", 0).metrics["impacts"])
+    assert steps.critical(chain, "blended", 0).mean == pytest.approx(mean(found.values()))
 
 
 def test_the_same_seed_twice_gives_equal_results(chain: Chain, tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import pytest
 
 from invertune.provenance import REPOSITORY
 from invertune.results import ResultsError, read_results, row, to_frame
+from invertune.settings import load_settings
 from invertune.tables import (
     by_seed,
     compare_with_paper,
+    gate_missed,
     label,
     latex,
     markdown,
@@ -38,6 +40,18 @@ def test_seed_summary():
     line = table[table["attack"] == "badnet"].iloc[0]
     assert (line["mean"], line["min"], line["max"], line["seeds"]) == (80.0, 70.0, 90.0, 3)
     assert len(table) == 2
+
+
+def test_gate_missed():
+    none = {"variant": ""}
+    strong = [{"attack": "sig", "value": 80.0, **none}, {"attack": "badnet", "value": 99.0, **none}]
+    loss = {"metric": "ca_loss", **none}
+    costly = [{"attack": "badnet", "value": 2.1, "seed": 3, **loss}, {"value": 2.0, **loss}]
+    weak = {"attack": "wanet", "value": 79.9, **none}
+    aside = {"attack": "sig", "value": 5.0, "seed": 4, "variant": "floor=untriggered"}
+    results = frame(*strong, *costly, weak, aside)
+    gate = load_settings("mini").attacks
+    assert gate_missed(results, gate) == {"badnet": ["3"], "wanet": ["0"]}
 
 
 def test_paper_values():
