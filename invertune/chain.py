@@ -171,8 +171,14 @@ class Chain:
 def _too_large(label: str, settings: dict[str, Any], error: Exception) -> str:
     """What a user can do about a full GPU: torch's numbers, and half of the largest batch."""
     sections = (settings, *(v for v in settings.values() if isinstance(v, dict)))
-    batch = max((part["batch"] for part in sections if "batch" in part), default=0)
-    smaller = f"set its batch to {batch // 2} (now {batch})" if batch > 1 else "free that memory"
+    part = max(
+        (p for p in sections if "batch" in p), key=lambda p: p["batch"], default={"batch": 0}
+    )
+    batch, smaller = part["batch"], "free that memory"
+    if batch > 1:
+        smaller = f"set its batch to {batch // 2} (now {batch})"
+        if "steps" in part:
+            smaller += f" and its steps to {2 * part['steps']}, for as many images,"
     numbers = ". ".join(str(error).split(". ")[:3])
     return f"{label}: {smaller} or use a larger device; {numbers}"
 

@@ -98,9 +98,11 @@ def test_a_full_gpu_names_a_smaller_batch(chain: Chain) -> None:
         raise torch.OutOfMemoryError(text)
 
     with pytest.raises(
-        DeviceMemoryError, match=r"seed 0: set its batch to 32 \(now 64\).* 1.00 GiB"
+        DeviceMemoryError,
+        match=r"seed 0: set its batch to 32 \(now 64\) and its steps to 8.* 1.00 GiB",
     ):
-        chain.run("inversion", {"batch": 16, "inversion": {"batch": 64}}, [], compute, 0)
+        own = {"batch": 16, "inversion": {"batch": 64, "steps": 4}}
+        chain.run("inversion", own, [], compute, 0)
 
 
 def test_notebook_03_shows_the_chains_inversion_not_notebook_07s(chain: Chain) -> None:
