@@ -9,23 +9,28 @@ usage: ./run_all.sh [PROFILE] [--only NN] [--seeds LIST] [--overrides YAML] [--j
                     [--dry-run]
        ./run_all.sh purify WEIGHTS [PROFILE] --out FOLDER [--rounds 2]
        ./run_all.sh check | lab
+       ./run_all.sh env COMMAND ...
 
   PROFILE            smoke (3 minutes), mini (the default), scenes224 (one GPU, no data needed) or
                      paper (GPUs; set INVERTUNE_DATA)
   --only NN          only the notebooks whose names start with NN, e.g. --only 03
   --seeds LIST       seeds, separated by commas, e.g. --seeds 1,2,3 (default: the profile's)
   --overrides YAML   other settings, e.g. --overrides '{attacks: {names: [badnet]}}'
-  --jobs N           processes at once (default: one a core, as far as memory is free; 1 on smoke)
+  --jobs N           processes at once (default: one a core, as far as memory is free, 2.4 GB each
+                     on mini; 1 on smoke and on a GPU)
   --dry-run          the plan: steps, planned exposures, what the store holds, minutes, memory
   purify             InverTune on a model of your own: a report and purified weights
   check              versions, device, memory, data, models, and the next command
   lab                opens JupyterLab in the same environment
+  env COMMAND ...    runs any command in the same environment and in this folder, for example
+                     ./run_all.sh env python -m invertune --help
 
 Executed notebooks, results.csv and runs.csv go to results/PROFILE, tables and figures to
-figures/PROFILE, artifacts to $INVERTUNE_STORE (default results/store). What is finished is not
-run again; a killed run goes on where it was.
+figures/PROFILE, artifacts to $INVERTUNE_STORE (default results/store). What stood in
+figures/PROFILE is overwritten: of mini, the committed tables and figures (git restore figures/mini
+brings them back). What is finished is not run again; a killed run goes on where it was.
 
-  INVERTUNE_VENV     an environment to use instead of making one
+  INVERTUNE_VENV     an environment to use instead of making one, which needs 8 GB of free disk
   INVERTUNE_STORE    where artifacts are kept
   INVERTUNE_DATA     CC3M, ImageNet-1K and COCO, for the profile paper
 
@@ -35,6 +40,11 @@ TEXT
 }
 
 source tools/environment.sh
+if [ "${1:-}" = env ]; then
+  [ $# -gt 1 ] || fail "env needs a command, for example: ./run_all.sh env python -m invertune --help"
+  use_environment
+  exec -- "${@:2}"
+fi
 for argument in "$@"; do
   case "$argument" in -h | --help) usage && exit 0 ;; esac
 done
@@ -43,7 +53,7 @@ profile="${1:-mini}"
 if [ -z "$command" ] && [ "${profile#-}" = "$profile" ] && [ ! -f "params/$profile.yml" ]; then
   fail "unknown profile '$profile'; choose one of" \
     "$(cd params && printf '%s\n' *.yml | sed 's/\.yml$//' | paste -sd, | sed 's/,/, /g')," \
-    "or purify, check, lab; see ./run_all.sh --help"
+    "or purify, check, lab, env; see ./run_all.sh --help"
 fi
 
 use_environment
