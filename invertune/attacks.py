@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from invertune import distributed, triggers
 from invertune.augment import augment
 from invertune.data import Pairs, writable_images
+from invertune.files import write_atomic
 from invertune.kernels import frozen_copy
 from invertune.models import (
     Clip,
@@ -28,7 +30,16 @@ from invertune.models import (
     token_features,
 )
 from invertune.sections import Attacks, BadClip, BadEncoder, Finetuning
-from invertune.training import Recipe, batch_indices, finetune, fit, generator, progress
+from invertune.training import (
+    Recipe,
+    TrainingError,
+    batch_indices,
+    finetune,
+    fit,
+    generator,
+    progress,
+)
+from invertune.transfer import Ahead, Batch
 from invertune.triggers import Trigger
 
 
@@ -82,11 +93,28 @@ def wanet(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
 
 
 def badclip(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
-    """An optimized patch, then injection: dual-embedding guided (Liang et al. 2024)."""
-    own = settings.badclip
-    pattern = optimize_patch(victim, own, seed)
+    """An optimized patch, then injection: dual-embedding guided (Liang et al. 2024).
+
+    The patch is kept in ``work``: a killed fine-tuning goes on with the one it has learned. Raises
+    ``TrainingError`` where that is of another size.
+    """
+    own, path = settings.badclip, work / "patch.safetensors"
+    kept = distributed.from_first(path.exists())
+    pattern = _kept_patch(path, own) if kept else optimize_patch(victim, own, seed)
+    pattern = pattern.to(victim.clip.device)
     trigger = triggers.patch_trigger(pattern, victim.clip.image_size, own.location)
+    if not kept and distributed.first():
+        write_atomic(path, save({"pattern": pattern.cpu()}))
     return poison(victim, trigger, own, seed, work)
+
+
+def _kept_patch(path: Path, settings: BadClip) -> Tensor:
+    pattern, shape = load_file(path)["pattern"], (3, settings.patch_px, settings.patch_px)
+    if pattern.shape != shape:
+        raise TrainingError(
+            f"{path} holds a patch of {tuple(pattern.shape)}, not {shape}; remove its folder"
+        )
+    return pattern
 
 
 def clean_finetuned(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
@@ -148,9 +176,14 @@ def badencoder(victim: Victim, settings: Attacks, seed: int, work: Path) -> Pois
     with torch.no_grad():
         clean_references = image_features(victim.clip, references)
 
-    def loss_at(step: int) -> dict[str, Tensor]:
+    def batch_at(step: int) -> Batch:
         rows = distributed.share(batch_indices(len(shadow), own.batch, seed, step))
-        images = to_pixels(shadow[rows], clip.device)
+        return (shadow[rows],)
+
+    batches = Ahead(batch_at, clip.device)
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        images = to_pixels(batches(step)[0], clip.device)
         with torch.no_grad():
             clean = image_features(victim.clip, images)
         attack = -(
@@ -181,7 +214,7 @@ def optimize_patch(victim: Victim, settings: BadClip, seed: int) -> Tensor:
     2024, section 4): L_t classifies triggered images as the target's captions against the batch's
     own captions; L_p is the distance to target images, L_n minus the distance to the clean image.
     """
-    clip, size = victim.clip, settings.patch_px
+    clip, size, steps = victim.clip, settings.patch_px, range(settings.patch_steps)
     frozen = frozen_copy(clip)
     with torch.no_grad():
         about_target = F.normalize(text_features(frozen, victim.target_captions).mean(0), dim=0)
@@ -190,21 +223,26 @@ def optimize_patch(victim: Victim, settings: BadClip, seed: int) -> Tensor:
     rng = generator(seed, 2)
     pattern = (0.5 + 0.25 * torch.randn(3, size, size, generator=rng)).clamp(0, 1)
     pattern = pattern.to(clip.device).requires_grad_(True)
+    trigger = triggers.patch_trigger(pattern, clip.image_size, settings.location)
     optimizer = torch.optim.Adam([pattern], lr=settings.patch_lr)
-    for step in progress(range(settings.patch_steps), "BadCLIP patch"):
-        rows = batch_indices(len(victim.pairs.images), settings.batch // 2, seed, step)
-        clean = to_pixels(victim.pairs.images[rows], clip.device)
+    images, half = victim.pairs.images, settings.batch // 2
+    picks = [torch.randint(len(positives), (half,), generator=rng) for _ in steps]
+
+    def batch_at(step: int) -> Batch:
+        rows = batch_indices(len(images), half, seed, step)
+        return images[rows], tokens[rows], picks[step]
+
+    batches = Ahead(batch_at, clip.device)
+    for step in progress(steps, "BadCLIP patch"):
+        pictures, words, pick = batches(step)
+        clean = to_pixels(pictures, clip.device)
         with torch.no_grad():
             anchor = image_features(frozen, clean)
-            texts = token_features(frozen, tokens[rows])
-        trigger = triggers.patch_trigger(pattern, clip.image_size, settings.location)
+            texts = token_features(frozen, words)
         features = image_features(frozen, triggers.apply(trigger, clean))
         scale = frozen.net.logit_scale.exp()
         logits = scale * features @ torch.cat([about_target[None], texts]).T
-        text_loss = F.cross_entropy(
-            logits, torch.zeros(len(rows), dtype=torch.long, device=clip.device)
-        )
-        pick = torch.randint(len(positives), (len(rows),), generator=rng).to(clip.device)
+        text_loss = F.cross_entropy(logits, torch.zeros_like(pick))
         towards = (features - positives[pick]).norm(dim=1)
         away = (features - anchor).norm(dim=1)
         triplet = (towards - settings.negative_weight * away + settings.margin).clamp(min=0).mean()

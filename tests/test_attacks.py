@@ -1,5 +1,6 @@
 """The attacks: what is poisoned, what stays untouched, and that they take."""
 
+import functools
 import typing
 from pathlib import Path
 
@@ -7,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from invertune import triggers
-from invertune.attacks import ATTACKS, Victim, badencoder, optimize_patch, poisoned_pairs
+from invertune import attacks, triggers
+from invertune.attacks import ATTACKS, Victim, badclip, badencoder, optimize_patch, poisoned_pairs
 from invertune.data import Pairs
 from invertune.models import clone, image_features, load_embedded
 from invertune.pictograms import Scene, caption_scene, labeled_scene
 from invertune.sections import Attack
 from invertune.settings import load_settings
 from invertune.sprites import load_sprites
+from invertune.training import TrainingError
+from invertune.transfer import Ahead
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,38 @@ def test_badclip_patch_approaches_the_target(victim: Victim) -> None:
 
     with torch.no_grad():
         assert closeness(patch) > closeness(torch.full((3, 8, 8), 0.5))
+
+
+def test_a_killed_fine_tuning_goes_on_with_the_patch_that_it_has_learned(
+    victim: Victim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = {"steps": 1, "batch": 16, "warmup_steps": 0}
+    patches = iter([torch.full((3, 8, 8), 0.25), torch.full((3, 8, 8), 0.75)])
+    monkeypatch.setattr(attacks, "optimize_patch", lambda *_: next(patches))  # as a GPU rounds
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(attacks, "finetune", killed)
+        badclip(victim, _settings(badclip=quick), 0, tmp_path)
+    trigger = badclip(victim, _settings(badclip=quick), 0, tmp_path).trigger
+    assert trigger is not None and (trigger.tensors["patch"] == 0.25).all()
+    with pytest.raises(TrainingError, match=r"a patch of \(3, 8, 8\), not \(3, 4, 4\)"):
+        badclip(victim, _settings(badclip=quick | {"patch_px": 4}), 0, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["badencoder", "badclip"])
+def test_a_thread_prepares_the_same_batches(
+    name: str, victim: Victim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = {"steps": 3, "batch": 16, "warmup_steps": 0}
+    settings = _settings(**{name: quick | ({"patch_steps": 3} if name == "badclip" else {})})
+    whole = ATTACKS[name](victim, settings, 0, tmp_path / "whole")
+    monkeypatch.setattr(attacks, "Ahead", functools.partial(Ahead, threaded=True))
+    again = ATTACKS[name](victim, settings, 0, tmp_path / "again")
+    assert again.log == whole.log and again.trigger is not None and whole.trigger is not None
+    assert torch.equal(again.trigger.tensors["patch"], whole.trigger.tensors["patch"])
 
 
 @pytest.mark.parametrize("name", ["badnet", "blended", "sig", "wanet", "badclip"])
