@@ -28,6 +28,7 @@ from invertune.models import Clip, image_features, to_pixels, token_features
 from invertune.transfer import Ahead, Batch
 
 MAX_LOGIT_SCALE = math.log(100)
+SAVES, SAVED_APART = 10, 100  # checkpoints a run; their distance in steps, at least
 
 
 class TrainingError(RuntimeError):
@@ -78,16 +79,18 @@ def fit(
     *,
     label: str = "training",
     checkpoint: Path | None = None,
-    save_every: int = 200,
+    save_every: int | None = None,
     log_every: int = 20,
 ) -> list[dict[str, float]]:
     """Trains every parameter of ``net`` that requires a gradient, with AdamW.
 
     ``loss_at(step)`` returns named scalars; "loss" is minimized and all of them are logged. With
-    ``checkpoint`` (a safetensors path) the loop goes on where a killed run stopped. Returns the
+    ``checkpoint`` (a safetensors path) the loop goes on where a killed run stopped; it is written
+    every ``save_every`` steps, None: ten times a run, but at least 100 steps apart. Returns the
     log, a row per ``log_every`` steps. Raises ``TrainingError`` at the first loss or
     gradient that is not finite, before it reaches the weights or the checkpoint.
     """
+    save_every = save_every or max(SAVED_APART, recipe.steps // SAVES)
     distributed.share_batch_norm(net)
     parameters = {n: p for n, p in net.named_parameters() if p.requires_grad}
     groups: list[dict[str, Any]] = [

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from invertune import training
 from invertune.training import (
     Recipe,
     TrainingError,
@@ -106,6 +107,31 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> 
         for name, tensor in whole.state_dict().items():
             assert torch.equal(tensor, resumed.state_dict()[name]), name
         assert log == whole_log
+
+
+@pytest.mark.parametrize(("steps", "saved"), [(99, []), (350, [100, 200, 300])])
+def test_a_short_run_saves_every_100_steps(
+    steps: int, saved: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _saved(steps, tmp_path, monkeypatch) == saved
+
+
+def test_a_long_run_saves_ten_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _saved(2000, tmp_path, monkeypatch) == list(range(200, 2001, 200))
+    assert _saved(2505, tmp_path, monkeypatch) == list(range(250, 2501, 250))
+
+
+def _saved(steps: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """After how many steps a training of ``steps`` writes its checkpoint."""
+    seen: list[int] = []
+    monkeypatch.setattr(training, "_save", lambda *given: seen.append(given[4]))
+    net = nn.Linear(1, 1)
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        return {"loss": net.weight.sum()}
+
+    fit(net, loss_at, Recipe(steps, 1e-6), checkpoint=folder / "none.safetensors")
+    return seen
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_setting() -> None:
