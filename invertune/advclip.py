@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from invertune.models import Clip, image_features, to_pixels
 from invertune.sections import Identification
 from invertune.training import batch_indices, progress
+from invertune.transfer import Ahead, Batch
 
 NOISES, NOISE_DIM = 16, 100
 ALPHA, BETA, GAMMA, DELTA = 10.0, 5.0, 5.0, 1.0  # AdvCLIP's weights
@@ -100,9 +101,14 @@ def generated_patch(
         side = (settings.patch_px, settings.patch_px)
         return F.interpolate(maker(noise), side, mode="bilinear", align_corners=False)[0]
 
-    for step in progress(range(settings.steps), "AdvCLIP generator"):
+    def batch_at(step: int) -> Batch:
         rows = batch_indices(len(images), settings.batch, seed, step)
-        real = to_pixels(images[rows], clip.device)
+        return images[rows], rows
+
+    batches = Ahead(batch_at, clip.device)
+    for step in progress(range(settings.steps), "AdvCLIP generator"):
+        pictures, rows = batches(step)
+        real = to_pixels(pictures, clip.device)
         fake = paste(real, patch())
         judge_steps.zero_grad()
         _judgement(judge, real, fake.detach()).backward()
@@ -111,7 +117,7 @@ def generated_patch(
             for weight in judge.parameters():
                 weight.clamp_(-DISCRIMINATOR_CLAMP, DISCRIMINATOR_CLAMP)
         adversarial = image_features(clip, fake)
-        hidden = F.binary_cross_entropy_with_logits(judge(fake), torch.ones(len(fake), 1).to(fake))
+        hidden = F.binary_cross_entropy_with_logits(judge(fake), fake.new_ones(len(fake), 1))
         loss = (
             hidden
             + F.mse_loss(fake, real)
@@ -130,5 +136,5 @@ def generated_patch(
 
 def _judgement(judge: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
     scores = judge(torch.cat([real, fake]))
-    truth = torch.cat([torch.ones(len(real), 1), torch.zeros(len(fake), 1)]).to(scores)
+    truth = torch.cat([scores.new_ones(len(real), 1), scores.new_zeros(len(fake), 1)])
     return F.binary_cross_entropy_with_logits(scores, truth)

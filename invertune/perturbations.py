@@ -19,6 +19,7 @@ from invertune.advclip import generated_patch
 from invertune.models import Clip, image_features, to_pixels
 from invertune.sections import Identification
 from invertune.training import batch_indices, generator, progress
+from invertune.transfer import Ahead, Batch
 from invertune.triggers import Trigger
 
 
@@ -85,10 +86,15 @@ def _move_away(
     device = view.clip.device
     tensor = start.to(device).requires_grad_(True)
     optimizer = torch.optim.Adam([tensor], lr=settings.lr * bounds[1])
-    for step in progress(range(settings.steps), "universal perturbation"):
+
+    def batch_at(step: int) -> Batch:
         rows = batch_indices(len(view.images), settings.batch, seed, step)
-        pixels = to_pixels(view.images[rows], device)
-        features = image_features(view.clip, place(pixels, tensor))
+        return view.images[rows], rows
+
+    batches = Ahead(batch_at, device)
+    for step in progress(range(settings.steps), "universal perturbation"):
+        pictures, rows = batches(step)
+        features = image_features(view.clip, place(to_pixels(pictures, device), tensor))
         optimizer.zero_grad()
         (features * anchors[rows]).sum(1).mean().backward()
         optimizer.step()
