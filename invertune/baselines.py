@@ -107,7 +107,7 @@ def cleanclip(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, se
     tokens = _both_tokens(clip, pairs.captions, settings.synonyms, own, seed)
 
     def batch_at(rows: Tensor, step: int) -> Batch:
-        return _two_views(pairs.images[rows], seed, step), tokens[:, rows]
+        return _two_views(pairs, tokens, rows, seed, step)
 
     def terms(views: Tensor, words: Tensor) -> Terms:
         return _cleanclip_terms(clip, views, words, own)[0]
@@ -134,7 +134,7 @@ def cleanerclip(
         groups = sub_captions(captions, known, share, count, seed, step)
         drawn = torch.tensor(list(groups), dtype=torch.long)
         texts = clip.tokenizer([text for group in groups.values() for text in group])
-        return _two_views(pairs.images[rows], seed, step), tokens[:, rows], drawn, texts
+        return *_two_views(pairs, tokens, rows, seed, step), drawn, texts
 
     def terms(views: Tensor, words: Tensor, drawn: Tensor, sub_words: Tensor) -> Terms:
         base, image = _cleanclip_terms(clip, views, words, own)
@@ -191,17 +191,25 @@ def _both_tokens(
     return torch.stack([clip.tokenizer(list(texts)) for texts in (captions, augmented)])
 
 
-def _two_views(images: Tensor, seed: int, step: int) -> Tensor:
-    """uint8 [2 N, 3, H, W]: ``images`` and their augmented versions."""
-    return torch.cat([images, auto_augment(images, seed, step)])
+def _two_views(pairs: Pairs, tokens: Tensor, rows: Tensor, seed: int, step: int) -> Batch:
+    """This process's share n of the pairs at ``rows``, and their augmented versions after them.
+
+    Returns uint8 [2 n, 3, H, W] and token ids [2 n, context] from those of ``_both_tokens``.
+    """
+    own = rows[places := distributed.share(torch.arange(len(rows)))]
+    images = pairs.images[own]
+    augmented = auto_augment(images, seed, step, int(places[0]))
+    return torch.cat([images, augmented]), tokens[:, own].flatten(0, 1)
 
 
 def _cleanclip_terms(
     clip: Clip, views: Tensor, tokens: Tensor, own: CleanClip
 ) -> tuple[Terms, Tensor]:
-    """CleanCLIP's loss on ``_two_views`` and ``tokens`` [2, N, context]; image features [N, D]."""
-    features = pair_features(clip, views, tokens.flatten(0, 1))
-    (image, other_image), (text, other_text) = (f.chunk(2) for f in features)
+    """CleanCLIP's loss on what ``_two_views`` gives; image features [N, D] of the whole batch."""
+    features = pair_features(clip, views, tokens, shared=True)
+    parts = (distributed.processes(), 2, -1)  # each process has gathered both views of its share
+    both = [f.unflatten(0, parts).transpose(0, 1).flatten(1, 2) for f in features]
+    (image, other_image), (text, other_text) = both
     contrastive = contrastive_loss(image, text, clip.net.logit_scale)
     in_modal = in_modal_loss(image, other_image, text, other_text, clip.net.logit_scale)
     loss = contrastive + own.in_modal_weight * in_modal

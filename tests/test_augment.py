@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from invertune.augment import augment, auto_augment, noise_and_erase
 from invertune.sections import Par
@@ -49,6 +50,36 @@ def test_auto_augment_leaves_the_global_generator_alone_and_draws_for_each_image
     assert torch.equal(torch.rand(3), expected)
     assert len({image.numpy().tobytes() for image in changed}) > 4
     assert torch.equal(same[0], images(1)[0])
+
+
+def test_a_part_of_a_batch_gets_what_it_gets_in_the_whole() -> None:
+    whole = auto_augment(images(), 3, 4)
+    for first in (0, 1, 4):
+        assert torch.equal(auto_augment(images()[first:], 3, 4, first), whole[first:])
+    assert torch.equal(auto_augment(images()[2:4], 3, 4, 2), whole[2:4])
+
+
+class Copies(TorchDispatchMode):
+    """Keeps every float tensor of ``size`` values that is made inside, so that none is reused."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.made = size, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        floats = isinstance(result, Tensor) and result.is_floating_point()
+        if floats and result.numel() == self.size:
+            self.made[result.untyped_storage().data_ptr()] = result
+        return result
+
+
+def test_noise_and_erased_squares_take_one_copy_of_the_images() -> None:
+    pixels = images().float() / 255
+    before = pixels.clone()
+    with Copies(pixels.numel()) as copies:
+        erase(pixels, 3, 4)
+    assert len(copies.made) == 1 and torch.equal(pixels, before)
 
 
 @given(st.integers(0, 1000), st.integers(8, 40))

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from invertune import sections
-from invertune.baselines import BASELINES, defend, schedule
+from invertune import distributed, sections
+from invertune.baselines import BASELINES, cleanclip, defend, schedule
 from invertune.data import Pairs
 from invertune.losses import cut_off, feature_distance, in_modal_loss, sub_caption_loss
 from invertune.models import MODEL_FOLDER, Clip, build_clip, clone, image_features, zero_shot_head
@@ -264,6 +264,20 @@ def test_a_thread_prepares_the_same_batches(name: str, monkeypatch: pytest.Monke
     assert again.log == whole.log
     for key, tensor in whole.clip.net.state_dict().items():
         assert torch.equal(tensor, again.clip.net.state_dict()[key]), key
+
+
+def test_a_process_augments_its_own_share_as_one_process_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case, rows = planted(), torch.arange(20).flip(0)
+    batch_at, _ = cleanclip(clone(case.clip), case.clip, case.pairs, quick(), 0)
+    whole, parts = [t.chunk(2) for t in batch_at(rows, 3)], []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "share", lambda batch, rank=rank: batch.chunk(2)[rank])
+        parts.append([t.chunk(2) for t in batch_at(rows, 3)])
+    for item, views in enumerate(whole):
+        for view, expected in enumerate(views):
+            assert torch.equal(torch.cat([part[item][view] for part in parts]), expected)
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
