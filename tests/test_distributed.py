@@ -17,7 +17,11 @@ from torch import Tensor
 
 from invertune import distributed
 from invertune.__main__ import main
+from invertune.baselines import BASELINES
+from invertune.chain import DeviceMemoryError
+from invertune.data import Pairs
 from invertune.models import Clip
+from invertune.settings import load_settings
 from invertune.store import entries
 from invertune.training import Recipe, contrastive_loss, finetune, fit, generator, pair_features
 
@@ -61,6 +65,15 @@ def train_vit(work: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     return clip.net.state_dict(), log
 
 
+def train_cleanclip() -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    images, captions = pairs()
+    own = {"steps": 3, "batch": BATCH, "warmup_steps": 1}
+    settings = load_settings("smoke", {"baselines": {"cleanclip": own}}).baselines
+    given = Pairs(images, tuple(captions), torch.full((24, 2), -1))
+    run = BASELINES["cleanclip"](tiny(VIT), given, settings, 0.01, 0, None)
+    return run.clip.net.state_dict(), run.log
+
+
 def train_resnet() -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Contrastive, with BatchNorm in eval mode."""
     clip, (images, captions) = tiny(RESNET), pairs()
@@ -86,11 +99,13 @@ def in_each_process(out: Path) -> int:
     """What torchrun runs: saves outcomes for the tests below, then fills a store."""
     distributed.start()
     (vit, vit_log), (resnet, resnet_log) = train_vit(out), train_resnet()
+    baseline, baseline_log = train_cleanclip()
     said = [refusal(RESNET, BATCH), refusal(VIT, 7)]
     if distributed.first():
         save_file(vit, out / "vit.safetensors")
         save_file(resnet, out / "resnet.safetensors")
-        (out / "said.json").write_text(json.dumps([vit_log, resnet_log, said]))
+        save_file(baseline, out / "cleanclip.safetensors")
+        (out / "said.json").write_text(json.dumps([vit_log, resnet_log, baseline_log, said]))
     return main(["fill", "smoke", "--only", "05", "--overrides", FILL])
 
 
@@ -117,21 +132,21 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], within: flo
         torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=within, msg=name)
 
 
-def test_two_processes_train_a_vit_and_a_resnet_in_eval_mode_as_one_does(ended, tmp_path):
+def test_two_processes_train_as_one_does_a_vit_a_resnet_in_eval_mode_and_cleanclip(ended, tmp_path):
     out, _ = ended
-    logs = json.loads((out / "said.json").read_text())
-    for name, (state, log), theirs in zip(
-        ("vit", "resnet"), (train_vit(tmp_path), train_resnet()), logs[:2], strict=True
-    ):
+    logs = json.loads((out / "said.json").read_text())[:3]
+    own = (train_vit(tmp_path), train_resnet(), train_cleanclip())
+    names = ("vit", "resnet", "cleanclip")
+    for name, (state, log), theirs in zip(names, own, logs, strict=True):
         assert_close(state, load_file(out / f"{name}.safetensors"), 1e-9)
         for own, other in zip(log, theirs, strict=True):
             assert other == pytest.approx(own, abs=1e-9)
-        start = tiny(VIT if name == "vit" else RESNET).net.state_dict()
+        start = tiny(RESNET if name == "resnet" else VIT).net.state_dict()
         assert max((state[k] - start[k]).abs().max() for k in start) > 0.01  # it did train
 
 
 def test_what_cannot_be_divided_is_refused_with_the_reason(ended):
-    resnet, batch = json.loads((ended[0] / "said.json").read_text())[2]
+    resnet, batch = json.loads((ended[0] / "said.json").read_text())[3]
     assert "SyncBatchNorm, which exists on CUDA only, not on gloo" in resnet
     assert batch.startswith("a batch of 7 cannot be divided among 2 processes")
 
@@ -160,6 +175,29 @@ def test_torchrun_is_for_fill_only(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "error: torchrun is for the command fill only; run this one without it\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (DeviceMemoryError("too large"), ["error in process 0: too large"] * 2),
+        (OSError(28, "No space left"), ["error in process 0: No space left"] * 2),
+        (distributed.DistributedError("no share"), ["error: no share", ""]),
+    ],
+)
+def test_every_process_tells_its_own_errors_and_the_first_what_all_share(
+    monkeypatch, capsys, error, told
+):
+    def fail(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr("invertune.__main__._fill", fail)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for rank, line in enumerate(told):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert main(["fill", "smoke"]) == 2
+        assert capsys.readouterr().err.strip() == line.replace("0", str(rank))
 
 
 if __name__ == "__main__":
