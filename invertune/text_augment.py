@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +200,7 @@ def _delete(found: list[str], synonyms: Synonyms, rate: float, rng: Random) -> l
 
 def lexicon(captions: Iterable[str], nouns: Collection[str]) -> Lexicon:
     """The nouns, verbs and adjectives that occur in ``captions``; ``nouns`` are those known."""
+    nouns = frozenset(nouns)
     seen = sorted({unit for caption in captions for unit in units(caption, nouns)})
     kinds: dict[str, list[str]] = {"noun": [], "verb": [], "adjective": []}
     for unit in seen:
@@ -248,9 +250,19 @@ def counterfactuals(caption: str, known: Lexicon, count: int, rng: Random) -> tu
     for _ in range(count if options else 0):
         position, pool = rng.choice(options)
         replaced = [*found]
-        replaced[position] = rng.choice([word for word in pool if word not in found])
+        replaced[position] = _another(pool, found, rng)
         wrong.append(" ".join(_core(replaced, known, keep=position)))
     return tuple(wrong)
+
+
+def _another(pool: tuple[str, ...], found: Sequence[str], rng: Random) -> str:
+    """``rng.choice`` of the sorted ``pool``'s words that are not in ``found``, without a list."""
+    places = ((bisect_left(pool, word), word) for word in found)
+    taken = sorted({i for i, word in places if pool[i : i + 1] == (word,)})
+    chosen = rng.choice(range(len(pool) - len(taken)))
+    for place in taken:
+        chosen += place <= chosen
+    return pool[chosen]
 
 
 def _replacements(found: Sequence[str], known: Lexicon) -> list[tuple[int, tuple[str, ...]]]:
@@ -262,7 +274,7 @@ def _replacements(found: Sequence[str], known: Lexicon) -> list[tuple[int, tuple
         if kind is None or (kind == "noun" and subject_seen):
             continue
         subject_seen = subject_seen or kind == "noun"
-        if not set(pools[kind]) <= set(found):
+        if any(word not in found for word in pools[kind]):
             options.append((position, pools[kind]))
     return options
 

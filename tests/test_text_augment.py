@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -132,6 +133,31 @@ def test_a_caption_without_nouns_has_no_counterfactual(text: str) -> None:
 def test_a_lexicon_of_one_noun_has_nothing_to_swap_it_for() -> None:
     alone = lexicon(["a cat"], KNOWN.nouns)
     assert alone.nouns == ("cat",) and counterfactuals("a cat", alone, 3, Random(0)) == ()
+
+
+@given(captions, st.integers(0, 99))
+def test_another_word_is_drawn_as_from_the_list_of_all_others(text, seed) -> None:
+    rng, found = Random(seed), units(text, KNOWN.nouns)
+    pools = {"noun": LEXICON.nouns, "verb": LEXICON.verbs, "adjective": LEXICON.adjectives}
+    kinds = [kind_of(unit, KNOWN.nouns) for unit in found]
+    others = [[word for word in pools.get(kind, ()) if word not in found] for kind in kinds]
+    options = [i for i, kind in enumerate(kinds) if kind != "noun" or i == kinds.index("noun")]
+    options = [i for i in options if others[i]]
+    for sub in counterfactuals(text, LEXICON, 3, Random(seed)):
+        assert rng.choice(others[rng.choice(options)]) in sub
+
+
+class Pool(tuple[str, ...]):
+    """Words that are never all gone through: at paper scale there are tens of thousands."""
+
+    def __iter__(self):
+        yield from self[:9]
+        raise AssertionError("more than nine words were read")
+
+
+def test_a_large_pool_is_not_gone_through_for_every_caption() -> None:
+    known = dataclasses.replace(LEXICON, nouns=Pool(LEXICON.nouns))
+    assert len(counterfactuals("a cat", known, 3, Random(0))) == 3
 
 
 def test_a_share_of_the_batch_gets_sub_captions_by_seed_and_step() -> None:
