@@ -73,7 +73,7 @@ def defended(chain: Chain, defense: str, attack: str, seed: int) -> Model:
 
 @functools.lru_cache(maxsize=128)
 def rebounded(chain: Chain, defense: str, attack: str, seed: int) -> Artifact:
-    """Benign fine-tuning of a defended model, as its user might do (design, section 8).
+    """Benign fine-tuning of a defended model, as its user might do.
 
     Contrastive, at the attack's own peak rate, constant, on pairs that nothing else has seen.
     """

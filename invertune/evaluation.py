@@ -1,4 +1,4 @@
-"""What a model can do and what a trigger makes of it: the rates of both tasks (design, section 8).
+"""What a model can do and what a trigger makes of it: the rates of both tasks.
 
 Zero-shot classification and image-to-text retrieval, each measured by the one function of
 ``invertune.metrics`` that defines it; results do not depend on batch size or order.
@@ -27,7 +27,7 @@ RECALL_KS = (1, 3, 5, 10)
 def evaluated(
     chain: Chain, model: Model, trigger: Trigger | None, trigger_key: str, seed: int
 ) -> Artifact:
-    """CA and ASR of a model under a trigger, zero-shot and retrieval (design: one function each).
+    """CA and ASR of a model under a trigger, zero-shot and retrieval.
 
     ``trigger_key`` names where the trigger comes from; without a trigger the model's floor is
     measured: how often clean images already count as attacked.

@@ -25,7 +25,7 @@ from invertune import ablations, defenses, generalization, passing_claims, plan,
 from invertune.chain import Chain, open_chain
 from invertune.decoding import cores
 from invertune.sections import INVERSION_SWITCHES, NULLS, TUNING_SWITCHES, WEIGHTS, Settings
-from invertune.settings import load_settings, other_models, suspects
+from invertune.settings import compared, load_settings, other_models, suspects
 from invertune.store import MissingError
 from invertune.training import progress
 
@@ -82,10 +82,10 @@ def _ablations(settings: Settings) -> list[Call]:
     own = settings.ablations
     inversion, tuning = ablations.inversion_rows, ablations.tuning_rows
     grid = [
-        (inversion, own.weight_attacks, WEIGHTS, "table2"),
-        (tuning, own.beta_attacks, ("beta",), "figure6"),
-        (inversion, own.switch_attacks, INVERSION_SWITCHES, "extra"),
-        (tuning, own.switch_attacks, TUNING_SWITCHES, "extra"),
+        (inversion, "inversion", own.weight_attacks, WEIGHTS, "table2"),
+        (tuning, "tuning", own.beta_attacks, ("beta",), "figure6"),
+        (inversion, "inversion", own.switch_attacks, INVERSION_SWITCHES, "extra"),
+        (tuning, "tuning", own.switch_attacks, TUNING_SWITCHES, "extra"),
     ]
     return [
         *((steps.identified, (null, seed)) for null in NULLS for seed in settings.seeds),
@@ -93,8 +93,9 @@ def _ablations(settings: Settings) -> list[Call]:
         *((ablations.round_rows, ((attack,),)) for attack in own.round_attacks),
         *(
             (rows, ((attack,), (name,), item))
-            for rows, attacks, names, item in grid
+            for rows, section, attacks, names, item in grid
             for name, attack in itertools.product(names, attacks)
+            if len(compared(settings, section, name)) > 1
         ),
     ]
 

@@ -154,7 +154,7 @@ def locked_hash(name: str) -> str | None:
 
 
 def record_hash(name: str, digest: str) -> None:
-    """Records the SHA-256 of a file that was just written or downloaded (design, section 10)."""
+    """Records the SHA-256 of a file that was just written or downloaded."""
     locked = json.loads(WEIGHTS_LOCK.read_text()) | {name: digest}
     write_atomic(WEIGHTS_LOCK, (json.dumps(locked, indent=2, sort_keys=True) + "\n").encode())
 

@@ -1,6 +1,7 @@
 """What a run would do: steps, planned exposures, what the store holds, minutes, memory.
 
-An exposure is one image's forward and backward pass: what a run on a CPU must economize.
+An exposure is one image's forward and backward pass: what a run on a CPU must economize. Two views
+of an image are two exposures.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from invertune.sections import (
     TUNING_SWITCHES,
     WEIGHTS,
     BadClip,
+    CleanClip,
     Settings,
 )
 from invertune.settings import SettingsError, changed, compared, other_models, suspects
@@ -31,7 +33,7 @@ RATES = Path(__file__).resolve().parent.parent / "expected" / "rates.json"
 
 @dataclass(frozen=True)
 class Work:
-    """One line of the plan: ``runs`` models of ``exposures`` image passes each."""
+    """One line of the plan: ``runs`` models of so many ``exposures`` each."""
 
     notebook: str
     step: str
@@ -41,7 +43,7 @@ class Work:
 
     @property
     def total(self) -> int:
-        """Image passes of all runs."""
+        """Exposures of all runs."""
         return self.runs * self.exposures
 
 
@@ -102,16 +104,15 @@ def planned(settings: Settings) -> list[Work]:
     models, defended = len(suspects(settings, nulls=True)), len(suspects(settings))
     work = []
     if settings.weights == PRETRAINED:
-        work.append(
-            Work("01_attacks", "pretraining", 1, _pretraining_passes(settings), "pretraining")
-        )
+        work.append(_pretraining("01_attacks", settings, 1))
     work += [
-        Work("01_attacks", name, seeds, _passes(getattr(attacks, name)), "finetune")
+        Work("01_attacks", name, seeds, _exposures(getattr(attacks, name)), "finetune")
         for name in attacks.names
     ]
-    work.append(Work("01_attacks", "clean_finetuned", seeds, _passes(attacks.badnet), "finetune"))
+    control = _exposures(attacks.badnet)
+    work.append(Work("01_attacks", "clean_finetuned", seeds, control, "finetune"))
     if "badclip" in attacks.names:
-        patch = _patch_passes(attacks.badclip)
+        patch = _patch_exposures(attacks.badclip)
         work.append(Work("01_attacks", "badclip patch", seeds, patch, "badclip_patch"))
     passes = invertune_passes(settings)
     own, rebound = settings.baselines, settings.rebound
@@ -128,11 +129,11 @@ def planned(settings: Settings) -> list[Work]:
         ),
         Work("04_activation_tuning", "tuning", defended, passes["tuning"], "tuning"),
         *(
-            Work("05_baselines", name, defended, len(section.lrs) * _passes(section), name)
+            Work("05_baselines", name, defended, len(section.lrs) * _exposures(section), name)
             for name in own.names
             for section in (getattr(own, name),)
         ),
-        Work("05_baselines", "rebound", again, _passes(rebound), "finetune"),
+        Work("05_baselines", "rebound", again, _exposures(rebound), "finetune"),
         *_generalization(settings),
         *_ablations(settings),
     ]
@@ -143,9 +144,14 @@ def _generalization(settings: Settings) -> list[Work]:
     notebook, own, seeds = "06_generalization", settings.generalization, len(settings.seeds)
     models = seeds * len(other_models(settings))
     attack = getattr(settings.attacks, own.attack)
-    work = [Work(notebook, own.attack, models, _passes(attack), "finetune")]
+    work = []
+    if settings.weights == PRETRAINED:  # Table 1's backbone is trained in notebook 01
+        others = len({*own.backbones} - {settings.backbone})
+        work.append(_pretraining(notebook, settings, others))
+    work.append(Work(notebook, own.attack, models, _exposures(attack), "finetune"))
     if own.attack == "badclip":
-        work.append(Work(notebook, "badclip patch", models, _patch_passes(attack), "badclip_patch"))
+        patch = _patch_exposures(attack)
+        work.append(Work(notebook, "badclip patch", models, patch, "badclip_patch"))
     rates = {"perturbations": "identification", "tuning": "tuning"}
     for step, exposures in invertune_passes(settings).items():
         runs = models + seeds * (3 if settings.data.source == "pictograms" else 2)  # variants
@@ -153,18 +159,19 @@ def _generalization(settings: Settings) -> list[Work]:
     for name in own.baselines:
         section = getattr(settings.baselines, name)
         tried = min(len(section.lrs), own.baseline_lrs)
-        work.append(Work(notebook, name, models, tried * _passes(section), name))
+        work.append(Work(notebook, name, models, tried * _exposures(section), name))
     return work
 
 
-def _pretraining_passes(settings: Settings) -> int:
-    """Image passes of both stages, whose batches show every class once."""
+def _pretraining(notebook: str, settings: Settings, runs: int) -> Work:
+    """Both stages of so many clean models; their batches show every class once."""
     own = settings.pretraining
-    return (own.warm_start_steps + own.contrastive_steps) * len(load_sprites().classes)
+    exposures = (own.warm_start_steps + own.contrastive_steps) * len(load_sprites().classes)
+    return Work(notebook, "pretraining", runs, exposures, "pretraining")
 
 
-def _patch_passes(badclip: BadClip) -> int:
-    """Image passes of BadCLIP's patch: half batches, as its own 64 to 128."""
+def _patch_exposures(badclip: BadClip) -> int:
+    """Exposures of BadCLIP's patch: half batches, as its own 64 to 128."""
     return badclip.patch_steps * badclip.batch // 2
 
 
@@ -180,9 +187,9 @@ def _ablations(settings: Settings) -> list[Work]:
     work = []
     for step, attacks, section, names in parts:
         cases = [(name, v) for name in names for v in compared(settings, section, name)[1:]]
-        passes = sum(invertune_passes(changed(settings, section, *c))[section] for c in cases)
+        total = sum(invertune_passes(changed(settings, section, *c))[section] for c in cases)
         runs = len(suspects(settings, among=attacks))
-        work.append(Work("07_ablations", step, runs, passes, section))
+        work.append(Work("07_ablations", step, runs, total, section))
     runs = len(suspects(settings, among=own.perturbation_attacks))
     once = invertune_passes(settings)
     again = len(suspects(settings, among=own.round_attacks))
@@ -194,18 +201,20 @@ def _ablations(settings: Settings) -> list[Work]:
 
 
 def invertune_passes(settings: Settings) -> dict[str, int]:
-    """Image passes of InverTune's steps on one suspected model, at most."""
+    """Exposures of InverTune's steps on one suspected model, at most."""
     step1, step3 = settings.identification, settings.tuning
     return {
-        "perturbations": len(step1.kinds) * _passes(step1),
+        "perturbations": len(step1.kinds) * _exposures(step1),
         "candidate check": step1.candidates * step1.check_steps * step1.batch,
-        "inversion": _passes(settings.inversion),
-        "tuning": len(step3.lrs) * _passes(step3),
+        "inversion": _exposures(settings.inversion),
+        "tuning": len(step3.lrs) * _exposures(step3),
     }
 
 
-def _passes(section: Any) -> int:
-    return int(section.steps) * int(section.batch)
+def _exposures(section: Any) -> int:
+    """Of one training; CleanCLIP and CleanerCLIP encode two views of each image."""
+    views = 2 if isinstance(section, CleanClip) else 1
+    return int(section.steps) * int(section.batch) * views
 
 
 def report(settings: Settings, held: Sequence[str], jobs: int, only: str | None = None) -> str:

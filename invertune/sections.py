@@ -49,7 +49,7 @@ class Pretraining(Section):
 
 
 class Finetuning(Section):
-    """Poisoned contrastive fine-tuning (paper, appendix A; method_facts 0.2)."""
+    """Poisoned contrastive fine-tuning (paper, appendix A)."""
 
     poison_rate: Rate
     lr: Rate
@@ -206,7 +206,7 @@ class Par(BaselineTraining):
 
 
 class Baselines(Section):
-    """The defenses the paper compares with (method_facts 2)."""
+    """The defenses the paper compares with (section 4.1, appendix B)."""
 
     names: tuple[Baseline, ...]
     pairs: Count
@@ -220,7 +220,7 @@ class Baselines(Section):
 
 
 class Rebound(Section):
-    """Benign fine-tuning after a defense (not in the paper; design, section 8)."""
+    """Benign fine-tuning after a defense (not in the paper)."""
 
     attacks: tuple[Attack, ...]
     pairs: Count

@@ -77,7 +77,14 @@ def test_a_notebook_computes_nothing_but_evaluations_after_its_calls(tmp_path, m
         before = {a.key for a in entries(chain.store)}
         rows_of(notebook, chain)
         made = {a.meta["step"] for a in entries(chain.store) if a.key not in before}
-        assert made <= {"evaluation", "scores"}, notebook
+        assert made <= {"evaluation", "scores", "impacts"}, notebook  # each one pass of a model
+
+
+@pytest.mark.parametrize("profile", ["smoke", "mini", "scenes224"])
+def test_an_empty_store_holds_nothing(profile, tmp_path, monkeypatch):
+    monkeypatch.setenv("INVERTUNE_STORE", str(tmp_path))
+    lines = [line.split() for line in jobs.held(load_settings(profile))]
+    assert [line[1:3] for line in lines] == [["0", "of"]] * 7, lines
 
 
 def fill(store: Path, *arguments: str) -> subprocess.Popen[str]:

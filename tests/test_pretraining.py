@@ -16,8 +16,8 @@ from invertune.augment import augment
 from invertune.chain import open_chain, pretrained
 from invertune.models import WEIGHTS, ModelError
 from invertune.plan import planned
-from invertune.provenance import REPOSITORY
 from invertune.pretraining import balanced_indices
+from invertune.provenance import REPOSITORY
 from invertune.settings import load_settings
 from invertune.store import entries
 from invertune.weights import untrained_clip
@@ -82,6 +82,9 @@ def test_there_are_networks_for_two_image_sizes() -> None:
 
 def test_the_plan_counts_it() -> None:
     settings = load_settings("smoke", {"weights": "pretrained"})
-    (work,) = [w for w in planned(settings) if w.step == "pretraining"]
-    assert (work.runs, work.total) == (1, 4 * 210)
+    work = [w for w in planned(settings) if w.step == "pretraining"]
+    assert [(w.notebook, w.runs, w.total) for w in work] == [
+        ("01_attacks", 1, 4 * 210),
+        ("06_generalization", 1, 4 * 210),  # ViT-B-32; its other backbone is Table 1's
+    ]
     assert not [w for w in planned(load_settings("smoke")) if w.step == "pretraining"]

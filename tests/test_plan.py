@@ -1,0 +1,25 @@
+"""The plan: exposures of every step."""
+
+from __future__ import annotations
+
+import pytest
+
+from invertune.plan import planned
+from invertune.settings import load_settings
+
+
+def test_two_views_of_an_image_are_two_exposures() -> None:
+    settings = load_settings("mini")
+    steps = {w.step: w for w in planned(settings) if w.notebook == "05_baselines"}
+    ft = settings.baselines.ft
+    assert steps["ft"].exposures == len(ft.lrs) * ft.steps * ft.batch
+    for name, views in (("par", 1), ("cleanclip", 2), ("cleanerclip", 2)):
+        assert steps[name].exposures == views * steps["ft"].exposures
+
+
+@pytest.mark.parametrize(("weights", "runs"), [("embedded", []), ("pretrained", [1, 3])])
+def test_every_backbone_is_pretrained_once(weights: str, runs: list[int]) -> None:
+    settings = load_settings("mini", {"weights": weights, "seeds": [1, 2]})
+    found = [w for w in planned(settings) if w.step == "pretraining"]
+    assert [w.runs for w in found] == runs
+    assert [w.notebook for w in found] == ["01_attacks", "06_generalization"][: len(runs)]
