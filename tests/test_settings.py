@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from invertune.results import DEVELOPMENT_SEED
 from invertune.sections import Settings
 from invertune.settings import PARAMS, SettingsError, as_yaml, load_settings
 
@@ -68,6 +69,10 @@ def test_every_value_of_the_paper_profile_has_a_comment():
         value = line.partition("#")[0].strip()
         if value and not value.endswith(":"):
             assert " # " in line or line.startswith("device"), line
+
+
+def test_a_plain_run_of_mini_regenerates_a_reported_seed():
+    assert DEVELOPMENT_SEED not in [str(seed) for seed in load_settings("mini").seeds]
 
 
 def test_smoke_and_mini_run_on_what_the_repository_ships():
