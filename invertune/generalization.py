@@ -122,6 +122,8 @@ def fill(main: Chain, item: str, name: str, defense: str, seed: int) -> None:
         reports.undefended_rows(case.chain, attack, seed)
     else:
         tried = [defense] if defense in main.settings.generalization.baselines else []
+        if not tried:
+            steps.impacts(case.chain, attack, seed)
         reports.defense_rows(with_rates(case, main, seed, tried), defense, attack, seed)
 
 

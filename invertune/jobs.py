@@ -52,7 +52,10 @@ def calls(settings: Settings) -> dict[str, list[Call]]:
         ],
         "02_target_identification": [(steps.identified, model) for model in models],
         "03_trigger_inversion": [(steps.inverted, model) for model in models],
-        "04_activation_tuning": [(reports.defense_rows, ("invertune", *m)) for m in attacked],
+        "04_activation_tuning": [
+            *((reports.defense_rows, ("invertune", *model)) for model in attacked),
+            *((steps.impacts, model) for model in attacked),
+        ],
         "05_baselines": [
             *tuned,
             *((reports.defense_rows, (name, *m)) for name in names for m in attacked),
@@ -69,6 +72,7 @@ def _generalization(settings: Settings) -> list[Call]:
     defended = ("none", "invertune", *own.baselines)
     return [
         *((steps.identified, (null, seed)) for null in NULLS for seed in seeds),
+        *((steps.impacts, model) for model in suspects(settings)),
         *((defenses.baseline, (d, own.attack, seed)) for d in own.baselines for seed in seeds),
         *((passing_claims.variant_rows, ((name,),)) for name in passing_claims.VARIANTS),
         *(

@@ -75,9 +75,9 @@ def results_of(step: str, label: int, classes: int, lr: float) -> dict[str, Any]
         "scores": {"ca": AT_EVERY_K, "asr": [AT_EVERY_K] * SWEPT, "ssim": [1.0] * SWEPT},
         "tuning": {
             "states": [{"lr": 1.0, "step": 1, "clean_accuracy": 50.0, "inverted_asr": 50.0}],
-            **dict.fromkeys(("mean", "std", "threshold"), 1.0),
-            **{"impacts": {LAYER: 1.0}, "layers": [LAYER], "neurons": {LAYER: 1}, "log": []},
+            **{"neurons": {LAYER: 1}, "log": []},
         },
+        "impacts": {"impacts": {LAYER: 1.0}},
         "baseline": {"images_seen": 1, "lr": lr},
         "evaluation": {name: [50.0, 1, 0.0, 100.0] for name in RATE_NAMES},
     }.get(step, {})
