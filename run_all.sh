@@ -32,7 +32,7 @@ brings them back). What is finished is not run again; a killed run goes on where
 
   INVERTUNE_VENV     an environment to use instead of making one, which needs 8 GB of free disk
   INVERTUNE_STORE    where artifacts are kept
-  INVERTUNE_DATA     CC3M, ImageNet-1K and COCO, for the profile paper
+  INVERTUNE_DATA     CC3M, ImageNet-1K, COCO and WordNet, for the profile paper
 
 Exit codes: 0 done, 1 a notebook failed, 2 a wrong argument or setting, 3 another run of the same
 profile is going on.
