@@ -130,7 +130,7 @@ def figure6(chain: Chain, results: pd.DataFrame) -> Figure:
         chart.set(xlabel=r"$\beta$ (no unit)", title=tables.label("attack", attack), ylim=(0, 100))
         chart.set_ylabel("CA (%)", color=AFTER)
         right.set_ylabel("ASR (%)", color=MARKED)
-        right.set_ylim(bottom=0)
+        right.set_ylim(0, max(10, right.get_ylim()[1]))  # tenths of a percent look small
     figures.legend_above(figure, axes[0, 0])
     return figure
 

@@ -146,6 +146,7 @@ def test_figure6_has_ca_and_asr_on_two_axes(chain: Chain) -> None:
     assert list(ablations.switch_table(chain, rows, "tuning", ["beta"])["own"]) == ["", "yes"]
     left, right = ablation_figures.figure6(chain, rows).axes
     assert left.get_ylabel() == "CA (%)" and right.get_ylabel() == "ASR (%)"
+    assert right.get_ylim()[0] == 0 and right.get_ylim()[1] >= 10
 
 
 def test_a_second_round_starts_from_what_the_first_left(chain: Chain) -> None:
