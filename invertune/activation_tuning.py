@@ -17,10 +17,8 @@ from invertune import triggers
 from invertune.activations import (
     Selection,
     batched_inputs,
-    candidate_layers,
-    layer_impacts,
+    impacts_of,
     locate,
-    mean_activations,
     prefix_to,
     rows_to_train,
     tail_from,
@@ -136,9 +134,7 @@ def trigger_impacts(
     The arguments are those of ``tune``, where images may carry several triggers in turn.
     """
     clean = _diverse_pixels(clip, images, head, target, count, seed)
-    layers = candidate_layers(clip)
-    means = (mean_activations(clip, layers, x) for x in (clean, triggers.apply(trigger, clean)))
-    return layer_impacts(*means)
+    return impacts_of(clip, clean, triggers.apply(trigger, clean))[0]
 
 
 def _diverse_pixels(

@@ -234,14 +234,20 @@ def unit_mask(neurons: Tensor, shape: Sequence[int]) -> Tensor:
     return neurons.expand(*shape)
 
 
+def impacts_of(
+    clip: Clip, clean: Tensor, triggered: Tensor
+) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor]]:
+    """Eq. 8 for every candidate layer, with the mean maps that it compares: clean, triggered."""
+    layers = candidate_layers(clip)
+    mu_clean, mu_triggered = (mean_activations(clip, layers, x) for x in (clean, triggered))
+    return layer_impacts(mu_clean, mu_triggered), mu_clean, mu_triggered
+
+
 def locate(
     clip: Clip, clean: Tensor, triggered: Tensor, settings: Tuning, seed: int
 ) -> tuple[dict[str, float], Selection, dict[str, Tensor]]:
     """Phases 1 and 2: layer impacts, critical layers, and the critical neurons of each."""
-    layers = candidate_layers(clip)
-    mu_clean = mean_activations(clip, layers, clean)
-    mu_triggered = mean_activations(clip, layers, triggered)
-    impacts = layer_impacts(mu_clean, mu_triggered)
+    impacts, mu_clean, mu_triggered = impacts_of(clip, clean, triggered)
     selection = critical_layers(impacts, settings.layer_rule)
     neurons = {
         layer: critical_neurons(

@@ -21,7 +21,7 @@ from invertune.chain import Chain, class_list
 from invertune.figures import COLUMN_IN, DEFENSE_COLORS, STYLE, canvas, legend_above
 from invertune.models import locked_hash
 from invertune.reports import grid, metric_row, shared_columns
-from invertune.results import natural_order
+from invertune.results import natural_order, to_frame
 from invertune.sections import EMBEDDED
 from invertune.settings import other_models
 from invertune.weights import for_any_backbone
@@ -197,14 +197,11 @@ def case_table(found: Sequence[Case], main: Chain) -> pd.DataFrame:
 
 
 def _chosen(case: Case, main: Chain, attack: str, seed: int) -> dict[str, Any]:
-    chain, gate = with_rates(case, main, seed), main.settings.attacks
-    frame = pd.DataFrame(reports.undefended_rows(chain, attack, seed))
-    own = frame[(frame.task == "zeroshot") & (frame.k == "1") & (frame.variant == "")]
-    value = own.set_index("metric")["value"].astype(float)
-    passed = value["asr"] >= gate.gate_asr_percent and value["ca_loss"] <= gate.gate_ca_drop_points
+    chain, gate = with_rates(case, main, seed), case.chain.settings.attacks
+    missed = tables.gate_missed(to_frame(reports.undefended_rows(chain, attack, seed)), gate)
     ranking = steps.identified(chain, attack, seed).metrics["ranking"]
     line: dict[str, Any] = {
-        "attack": "passed" if passed else "FAILED",
+        "attack": "FAILED" if attack in missed else "passed",
         "found": class_list(chain)[ranking[0]],
         "inverted ASR": steps.inverted(chain, attack, seed).metrics["inverted_asr"],
         "critical layers": tables.layers(steps.critical(chain, attack, seed).layers),

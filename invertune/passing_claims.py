@@ -135,11 +135,14 @@ def uniformity_rows(chain: Chain) -> Rows:
         counts = {"none": next(iter(found.values())).clean}
         counts |= {kind: increase.adversarial for kind, increase in found.items()}
         base = shared_columns(chain, attack, seed, done.key, task="zeroshot")
+        entropies = []
         for kind, count in counts.items():
             own = {**base, "variant": {"perturbation": kind}, "n": int(count.sum())}
-            for metric, value in zip(("entropy", "largest_share"), uniformity(count), strict=True):
-                rows.append(metric_row(own, metric, value))
-        entropies = [uniformity(increase.adversarial)[0] for increase in found.values()]
+            entropy, share = uniformity(count)
+            rows.append(metric_row(own, "entropy", entropy))
+            rows.append(metric_row(own, "largest_share", share))
+            if kind != "none":
+                entropies.append(entropy)
         rows.append(metric_row(base, "entropy", sum(entropies) / len(entropies)))
     return rows
 
