@@ -7,7 +7,7 @@ usage() {
   cat <<'TEXT'
 usage: ./run_all.sh [PROFILE] [--only NN] [--seeds LIST] [--overrides YAML] [--jobs N]
                     [--dry-run]
-       ./run_all.sh purify WEIGHTS [PROFILE] --out FOLDER [--rounds 2]
+       ./run_all.sh purify WEIGHTS [PROFILE] --out FOLDER [--images FOLDER] [--rounds 2]
        ./run_all.sh check | lab
        ./run_all.sh env COMMAND ...
 
@@ -19,7 +19,8 @@ usage: ./run_all.sh [PROFILE] [--only NN] [--seeds LIST] [--overrides YAML] [--j
   --jobs N           processes at once (default: one a core, as far as memory is free, 2.4 GB each
                      on mini; 1 on smoke and on a GPU)
   --dry-run          the plan: steps, planned exposures, what the store holds, minutes, memory
-  purify             InverTune on a model of your own: a report and purified weights
+  purify             InverTune on a model of your own: a report and purified weights; --images: on
+                     images of your own, in a folder for each class, instead of the profile's data
   check              versions, device, memory, data, models, and the next command
   lab                opens JupyterLab in the same environment
   env COMMAND ...    runs any command in the same environment and in this folder, for example

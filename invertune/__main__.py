@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from invertune import plan
+from invertune.sections import OWN_IMAGES
 from invertune.settings import SettingsError, load_settings
 
 # Modules that import torch are imported late: a wrong argument should not wait seconds for it.
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     purified.add_argument("weights", help="local-dir:FOLDER, file:CHECKPOINT, or an open_clip tag")
     plan.add_options(purified)
     purified.add_argument("--out", metavar="FOLDER", required=True, help="new: gets the results")
+    purified.add_argument("--images", metavar="FOLDER", help="your own, in a folder for each class")
     purified.add_argument("--rounds", type=int, choices=(1, 2), default=1, help="of steps 2 and 3")
     plan.add_options(
         add("page", _page, "writes figures/PROFILE/README.md: claims, figures, tables")
@@ -153,6 +155,9 @@ def show_plan(options: argparse.Namespace) -> int:
 def _purify(options: argparse.Namespace) -> int:
     overrides = {**plan.overrides_of(options), "weights": options.weights}
     settings = load_settings(options.profile, overrides)
+    if options.images:
+        own = settings.data.model_copy(update={"source": OWN_IMAGES + options.images})
+        settings = settings.model_copy(update={"data": own})
     from invertune import purify
 
     print(purify.purify(settings, Path(options.out), options.rounds))

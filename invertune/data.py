@@ -2,7 +2,7 @@
 
 Images are uint8 [N, 3, H, W]; steps turn them into float32 in [0, 1]. The parts are made on first
 use and kept in the store: composed on the embedded benchmark, else decoded from the paper's data
-below ``INVERTUNE_DATA`` and mapped from the disk (``real_data``).
+below ``INVERTUNE_DATA``, or a user's folder, and mapped from the disk (``real_data``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from invertune.decoding import cores, map_images
 from invertune.layouts import DataError
 from invertune.pictograms import Scene
 from invertune.provenance import REPOSITORY, file_hash
-from invertune.sections import Data, Settings
+from invertune.sections import PICTOGRAMS, Data, Settings
 from invertune.sprites import ARCHIVE, load_sprites
 from invertune.store import obtain
 from invertune.training import progress
@@ -76,7 +76,7 @@ def writable_images(pairs: Pairs) -> Tensor:
 def class_names(data: Data) -> tuple[str, ...]:
     """The classes of zero-shot classification, in label order."""
     if _real(data):
-        return real_data.class_names()
+        return real_data.class_names(data)
     return load_sprites().classes
 
 
@@ -254,8 +254,9 @@ def _scenes(
 
 
 def _real(data: Data) -> bool:
-    """Whether the profile reads the paper's data; ``DataError`` where a folder of it is missing."""
-    if data.source == "pictograms":
+    """Whether images are read from files; ``DataError`` where one of the paper's is missing."""
+    if data.source == PICTOGRAMS:
         return False
-    layouts.data_root()
+    if real_data.own_folder(data) is None:
+        layouts.data_root()
     return True

@@ -162,7 +162,9 @@ def figure7(chain: Chain, inverted: bool = True) -> Figure:
     return image_figures.figure7(original, found)
 
 
-def trigger_example(chain: Chain, attack: str, seed: int, inverted: bool = False) -> Example:
+def trigger_example(
+    chain: Chain, attack: str, seed: int, inverted: bool = False, part: str = "evaluation"
+) -> Example:
     """A triggered evaluation image and the trigger alone.
 
     A patch and an inverted trigger are shown as mask times pattern; any other trigger as what it
@@ -172,7 +174,7 @@ def trigger_example(chain: Chain, attack: str, seed: int, inverted: bool = False
         trigger = steps.inverted_trigger(chain, steps.inverted(chain, attack, seed))
     else:
         trigger = triggers.required(steps.planted_trigger(chain, attack, seed), attack)
-    image = to_pixels(example_images(chain)[:1], chain.device)
+    image = to_pixels(example_images(chain, part)[:1], chain.device)
     triggered = as_picture(triggers.apply(trigger, image)[0])
     if trigger.kind in ("patch", "mask"):
         return Example(triggered, as_picture(triggers.apply(trigger, torch.zeros_like(image))[0]))
@@ -180,10 +182,10 @@ def trigger_example(chain: Chain, attack: str, seed: int, inverted: bool = False
     return Example(triggered, added, f"x{image_figures.AMPLIFICATION}")
 
 
-def example_images(chain: Chain) -> Tensor:
-    """Evaluation images that are not of the target class, uint8 [N, 3, H, W]."""
+def example_images(chain: Chain, part: str = "evaluation") -> Tensor:
+    """Labeled images of ``part`` that are not of the target class, uint8 [N, 3, H, W]."""
     own = chain.settings.data
-    pool = datasets.labeled_images(own, "evaluation", own.evaluation_images, chain.store)
+    pool = datasets.labeled_images(own, part, getattr(own, f"{part}_images"), chain.store)
     return pool.images[pool.labels != chain.target]
 
 

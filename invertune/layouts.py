@@ -1,8 +1,9 @@
 """Where the paper's data lie below ``INVERTUNE_DATA``, and which files each part takes.
 
 Here: ImageNet-1K in class folders, COCO 2017 val with its captions, and where WordNet lies; CC3M is
-in ``cc3m``. A sample's part follows from the seed and the files' names, so that parts share no
-image and a part only grows with its count.
+in ``cc3m``. A user's own class folders are read as ImageNet's training set is. A sample's part
+follows from the seed and the files' names, so that parts share no image and a part only grows with
+its count.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import open_clip
 
 from invertune.decoding import Sample
 
@@ -38,6 +42,10 @@ EXPECTED = {
     "database from wordnet.princeton.edu, WNdb-3.0.tar.gz, its folder dict, or /usr/share/wordnet "
     "of the Debian package wordnet-base",
 }
+OWN_LAYOUT = (
+    "a folder for each class, named by it (golden_retriever) or by its WordNet id (n02099601), "
+    f"with five images or more ({', '.join(SUFFIXES)}) directly in it"
+)
 
 
 class DataError(ValueError):
@@ -90,12 +98,9 @@ def image_files(folder: Path) -> list[tuple[str, int]]:
             (e.name, e.stat().st_size) for e in entries if e.name.lower().endswith(SUFFIXES)
         )
     if not found:
-        raise DataError(f"{folder} holds no images; expected: {EXPECTED[_dataset(folder)]}")
+        name = next((name for name in reversed(folder.parts) if name in EXPECTED), "")
+        raise DataError(f"{folder} holds no images; expected: {EXPECTED.get(name, OWN_LAYOUT)}")
     return found
-
-
-def _dataset(folder: Path) -> str:
-    return next(name for name in reversed(folder.parts) if name in EXPECTED)
 
 
 def place(seed: int, name: str) -> float:
@@ -135,14 +140,30 @@ def class_folders(folder: Path) -> list[Path]:
     return [folder / name for name in ids]
 
 
-def image_samples(root: Path, part: str, count: int, seed: int, only: int | None = None) -> Chosen:
-    """At most ``count`` images of a part of ImageNet-1K, in turn over the classes.
+@functools.lru_cache(maxsize=4)
+def own_classes(folder: Path) -> tuple[tuple[str, Path], ...]:
+    """Name and folder of each class below a user's ``folder``, in the order of the folders' names.
 
-    "evaluation" is the validation set; "inversion", "heldout" and "references" share the training
-    set. With ``only``, images of that class alone.
+    The name is the folder's, with spaces for underscores; of a WordNet id of ImageNet-1K, CLIP's.
+    """
+    if not folder.is_dir():
+        raise DataError(f"not found: {folder} (expected: {OWN_LAYOUT})")
+    held = sorted(e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith("."))
+    if len(held) < 2:
+        raise DataError(f"{folder} holds {len(held)} class folders; expected: {OWN_LAYOUT}")
+    known = dict(zip(wordnet_ids(), open_clip.IMAGENET_CLASSNAMES, strict=True))
+    return tuple((known.get(name, name.replace("_", " ")), folder / name) for name in held)
+
+
+def image_samples(
+    folders: Sequence[Path], part: str, count: int, seed: int, only: int | None = None
+) -> Chosen:
+    """At most ``count`` images of a part of class folders, in turn over the classes.
+
+    "inversion", "heldout" and "references" share the images; any other part takes all. With
+    ``only``, images of that class alone.
     """
     low, high = TRAIN_PARTS.get(part, (0.0, 1.0))
-    folders = class_folders(root / "imagenet" / ("train" if part in TRAIN_PARTS else "val"))
     turns: list[tuple[int, int, Sample]] = []
     for label, folder in enumerate(folders):
         if only not in (None, label):

@@ -31,6 +31,7 @@ from invertune.reports import (
     rates,
     shared_columns,
 )
+from invertune.sections import PICTOGRAMS
 
 TITLES = {
     "": "as in Table 1",
@@ -61,7 +62,7 @@ def variants(chain: Chain) -> dict[str, Chain]:
         "tuning": own.tuning.model_copy(update={"images": few.few_tuning_images}),
     }
     style = {}
-    if own.data.source == "pictograms":  # no other data have styles
+    if own.data.source == PICTOGRAMS:  # no other data have styles
         other = replace(changed(chain), defender=Defender(style=few.other_style))
         style = {"data=other_style": other}
     return {

@@ -18,6 +18,7 @@ import yaml
 
 from invertune.sections import (
     INVERSION_SWITCHES,
+    PICTOGRAMS,
     PRETRAINED,
     TUNING_SWITCHES,
     WEIGHTS,
@@ -154,7 +155,7 @@ def _generalization(settings: Settings) -> list[Work]:
         work.append(Work(notebook, "badclip patch", models, patch, "badclip_patch"))
     rates = {"perturbations": "identification", "tuning": "tuning"}
     for step, exposures in invertune_passes(settings).items():
-        runs = models + seeds * (3 if settings.data.source == "pictograms" else 2)  # variants
+        runs = models + seeds * (3 if settings.data.source == PICTOGRAMS else 2)  # variants
         work.append(Work(notebook, step, runs, exposures, rates.get(step, "inversion")))
     for name in own.baselines:
         section = getattr(settings.baselines, name)

@@ -22,8 +22,9 @@ from invertune.ablation_steps import second_round
 from invertune.chain import Chain, open_chain, pretrained
 from invertune.models import MERGES, WEIGHTS, save_weights, to_pixels
 from invertune.provenance import REPOSITORY
+from invertune.real_data import fitted
 from invertune.results import read_results
-from invertune.sections import NULLS, Settings
+from invertune.sections import NULLS, PICTOGRAMS, Settings
 from invertune.store import Artifact
 from invertune.target_identification import weighted_mask
 from invertune.weights import local_dir
@@ -41,11 +42,13 @@ def purify(settings: Settings, out: Path, rounds: int = 1) -> str:
 
     ``out`` gets the purified weights (float32 safetensors; with open_clip's configuration where the
     suspect came with one, so that the folder is a local-dir), trigger.png, and README.md, whose
-    text is returned. With two ``rounds`` steps 2 and 3 are run again on what the first left.
+    text is returned. With two ``rounds`` steps 2 and 3 are run again on what the first left. Of a
+    user's folder of images (``data.source``) at most the profile's counts are taken.
     Raises ``PurifyError`` where ``out`` is not an empty or new folder.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PurifyError(f"{out} is there and not an empty folder; name a new one")
+    settings = settings.model_copy(update={"data": fitted(settings.data)})
     chain, seed = open_chain(settings), settings.seeds[0]
     step1 = steps.identified(chain, SUSPECT, seed)
     names = datasets.class_names(settings.data)
@@ -95,9 +98,10 @@ def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Ar
     share = 100 * trigger["mask_l1"] / reports.full_mask(chain)
     parts = [
         f"# InverTune on {own.weights} ({own.backbone})",
-        f"Profile {own.profile}, seed {own.seeds[0]}. Rates are in percent, on "
-        f"{own.data.heldout_images} held-out clean images; no attack is known, so what a true "
-        "trigger would still do is not measured.",
+        f"Profile {own.profile}, seed {own.seeds[0]}, {len(names):,} classes, "
+        f"{own.data.inversion_images:,} images ({own.data.source}). Rates are in percent, on "
+        f"{own.data.heldout_images:,} others held out; no attack is known, so what a true trigger "
+        "would still do is not measured.",
         f"## 1 Suspected target: {own.target}",
         tables.frame_markdown(pd.DataFrame(candidates), 1).strip(),
         "The classes that universal perturbations reach most. *Evidence*, stronger where smaller: "
@@ -134,7 +138,8 @@ def comparison(settings: Settings) -> str:
 
     From the published results of the same profile and backbone, where there are any.
     """
-    found = known_evidence(settings.backbone) if settings.profile == "mini" else []
+    known = settings.profile == "mini" and settings.data.source == PICTOGRAMS
+    found = known_evidence(settings.backbone) if known else []
     clean = [value for attack, value in found if attack in NULLS]
     attacked = [value for attack, value in found if attack not in NULLS]
     if not (clean and attacked):
@@ -161,8 +166,10 @@ def known_evidence(backbone: str) -> list[tuple[str, float]]:
 @mpl.rc_context(figures.STYLE)
 def trigger_figure(chain: Chain) -> Figure:
     """A clean image, the same with the inverted trigger, and the trigger alone."""
-    example = exhibits.trigger_example(chain, SUSPECT, chain.settings.seeds[0], inverted=True)
-    clean = exhibits.as_picture(to_pixels(exhibits.example_images(chain)[:1], chain.device)[0])
+    seed, part = chain.settings.seeds[0], "heldout"
+    example = exhibits.trigger_example(chain, SUSPECT, seed, inverted=True, part=part)
+    image = exhibits.example_images(chain, part)[:1]
+    clean = exhibits.as_picture(to_pixels(image, chain.device)[0])
     shown = {"clean": clean, "with the trigger": example.image, "trigger": example.trigger}
     figure, axes = figures.canvas(1, len(shown), figures.COLUMN_IN, 1.3)
     for chart, (title, picture) in zip(axes[0], shown.items(), strict=True):

@@ -1,7 +1,8 @@
 """The paper's data: parts of CC3M, ImageNet-1K and COCO, decoded once and mapped from the disk.
 
 Each part becomes one raw file in the store, ``.images/KEY.u8`` (150,528 bytes an image at 224 px,
-75 GB for 500,000 pairs), beside the entry that holds its captions, labels and sample names.
+75 GB for 500,000 pairs), beside the entry that holds its captions, labels and sample names. A
+user's own class folders ("images:FOLDER") are read the same way; they have no captions.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import hashlib
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,20 +25,23 @@ from invertune.decoding import decode_all, map_images
 from invertune.layouts import (
     CAPTIONS,
     EXPECTED,
+    OWN_LAYOUT,
     SHARE,
+    TRAIN_PARTS,
     Chosen,
     DataError,
     class_folders,
     data_root,
     image_files,
     image_samples,
+    own_classes,
     read_coco,
     retrieval_samples,
     wordnet_folder,
 )
 from invertune.metrics import word_matches
 from invertune.provenance import file_hash
-from invertune.sections import Data, Settings
+from invertune.sections import OWN_IMAGES, Data, Settings
 from invertune.store import Artifact, Tensors, Values, obtain
 
 VERSION = 1  # raise where other images or other pixels come out
@@ -58,9 +62,18 @@ class Part:
     file: Path
 
 
-def class_names() -> tuple[str, ...]:
-    """CLIP's curated names of the 1,000 classes of ImageNet-1K, in label order."""
-    return tuple(open_clip.IMAGENET_CLASSNAMES)
+def own_folder(data: Data) -> Path | None:
+    """The user's folder of class folders that ``data.source`` names; None for the paper's data."""
+    named = data.source.startswith(OWN_IMAGES)
+    return Path(data.source.removeprefix(OWN_IMAGES)) if named else None
+
+
+def class_names(data: Data) -> tuple[str, ...]:
+    """The classes in label order: CLIP's curated names of ImageNet-1K's, or the user's."""
+    own = own_folder(data)
+    if own is None:
+        return tuple(open_clip.IMAGENET_CLASSNAMES)
+    return tuple(name for name, _ in own_classes(own))
 
 
 def templates() -> tuple[str, ...]:
@@ -73,15 +86,21 @@ def manifest(data: Data) -> str:
 
     Raises ``DataError`` where the layout is wrong, before any work starts.
     """
-    text = (VERSION, fingerprint(data_root()), class_names(), templates())
+    own = own_folder(data)
+    files = fingerprint(own or data_root(), own is not None)
+    text = (VERSION, files, class_names(data), templates())
     return hashlib.sha256(repr((*text, data.image_size_px, data.seed)).encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=4)
-def fingerprint(root: Path) -> str:
-    """A hash of the files below ``root``: names and sizes; a CSV's and the captions' content."""
+def fingerprint(root: Path, own: bool = False) -> str:
+    """A hash of the files below ``root``: names and sizes; a CSV's and the captions' content.
+
+    ``own``: a user's class folders.
+    """
     digest = hashlib.sha256()
-    for line in _inventory(root):
+    lines = _class_files(folder for _, folder in own_classes(root)) if own else _inventory(root)
+    for line in lines:
         digest.update(f"{line}\n".encode())
     return digest.hexdigest()
 
@@ -94,10 +113,15 @@ def _inventory(root: Path) -> Iterator[str]:
     else:
         yield from (f"{path.name} {path.stat().st_size}" for path in source)
     for split in ("train", "val"):
-        for folder in class_folders(root / "imagenet" / split):
-            yield from (f"{split} {folder.name} {n} {s}" for n, s in image_files(folder))
+        folders = class_folders(root / "imagenet" / split)
+        yield from (f"{split} {line}" for line in _class_files(folders))
     yield from (f"{name} {size}" for name, size in image_files(root / "coco/val2017"))
     yield file_hash(root / CAPTIONS)
+
+
+def _class_files(folders: Iterable[Path]) -> Iterator[str]:
+    for folder in folders:
+        yield from (f"{folder.name} {name} {size}" for name, size in image_files(folder))
 
 
 def problems(root: Path) -> Iterator[str]:
@@ -128,6 +152,7 @@ def decoded_bytes(settings: Settings) -> int:
 
 def pairs(data: Data, part: str, count: int, store: Path) -> Part:
     """``count`` pairs of CC3M, one caption each: "poisoning", "defense" or "rebound"."""
+    _require_captions(data)
     return _part(data, part, count, store, lambda r: pair_samples(r, part, count, data.seed))
 
 
@@ -135,14 +160,40 @@ def labeled(data: Data, part: str, count: int, store: Path, only: int | None = N
     """``count`` images of ImageNet-1K in turn over the classes, or of the class ``only``.
 
     "evaluation" is the validation set; "inversion", "heldout" and "references" share no image of
-    the training set.
+    the training set, or of the user's images.
     """
     name = part if only is None else f"{part} of class {only}"
-    return _part(data, name, count, store, lambda r: image_samples(r, part, count, data.seed, only))
+
+    def choose(root: Path) -> Chosen:
+        if own_folder(data):
+            folders = [folder for _, folder in own_classes(root)]
+        else:
+            split = "train" if part in TRAIN_PARTS else "val"
+            folders = class_folders(root / "imagenet" / split)
+        return image_samples(folders, part, count, data.seed, only)
+
+    return _part(data, name, count, store, choose)
+
+
+def fitted(data: Data) -> Data:
+    """``data`` with at most as many images for inversion and held out as a user's folder has."""
+    own = own_folder(data)
+    if own is None:
+        return data
+    sizes = [len(image_files(folder)) for _, folder in own_classes(own)]
+    held = {}
+    for part in ("inversion", "heldout"):
+        low, high = TRAIN_PARTS[part]
+        there = sum(int(high * size) - int(low * size) for size in sizes)
+        if there == 0:
+            raise DataError(f"{own} holds {sum(sizes)} images, too few; expected: {OWN_LAYOUT}")
+        held[f"{part}_images"] = min(there, getattr(data, f"{part}_images"))
+    return data.model_copy(update=held)
 
 
 def retrieval(data: Data, store: Path) -> Part:
     """COCO 2017 val with the first five captions of each image."""
+    _require_captions(data)
     count = data.retrieval_images
     return _part(data, "retrieval", count, store, lambda r: retrieval_samples(r, count, data.seed))
 
@@ -153,7 +204,7 @@ def target_captions(data: Data, target: int, count: int, store: Path) -> tuple[s
     Plurals count, by ``word_matches`` (appendix A.1: 131 captions about mushrooms from CC3M). Where
     there are fewer, these; raises ``DataError`` for less than half.
     """
-    name = class_names()[target]
+    name = class_names(data)[target]
     parts = pairs(data, "poisoning", data.poisoning_pairs, store).captions
     captions = [own[0] for own in parts]
     held = word_matches(captions, [name]).tolist()
@@ -180,7 +231,8 @@ def _part(data: Data, name: str, count: int, store: Path, choose: Callable[[Path
     """Decodes a part, or finds it in the store; decodes again where its pixels were deleted."""
 
     def compute(work: Path) -> tuple[Tensors, Values]:
-        return _decoded(choose(data_root()), name, count, data.image_size_px, store, work)
+        root = own_folder(data) or data_root()
+        return _decoded(choose(root), name, count, data.image_size_px, store, work)
 
     find = functools.partial(
         obtain,
@@ -242,6 +294,14 @@ def _decoded(
         "wanted": count,
         "notes": list(notes),
     }
+
+
+def _require_captions(data: Data) -> None:
+    if own_folder(data):
+        raise DataError(
+            f"data.source = {data.source!r}: a folder of images has no captions, which attacks, "
+            "baselines and retrieval need; the command purify needs none"
+        )
 
 
 def _require(name: str, found: int, count: int, notes: tuple[str, ...]) -> None:

@@ -17,6 +17,8 @@ Attack = Literal["badnet", "blended", "sig", "wanet", "badencoder", "badclip"]
 Baseline = Literal["ft", "cleanclip", "cleanerclip", "par"]
 Backbone = Literal["RN50", "RN101", "ViT-B-16", "ViT-B-32"]
 BACKBONES = get_args(Backbone)
+PICTOGRAMS = "pictograms"  # the embedded benchmark
+OWN_IMAGES = "images:"  # and a user's folder, which holds one of images for each class
 EMBEDDED, PRETRAINED = "embedded", "pretrained"  # weights: shipped; trained by the own recipe
 NULLS = ("none", "clean_finetuned")  # models without a backdoor, beside the attacks
 
@@ -28,7 +30,7 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    source: Literal["pictograms", "folders"]
+    source: Annotated[str, Field(pattern=f"^({PICTOGRAMS}|folders|{OWN_IMAGES}.+)$")]
     image_size_px: Count
     seed: Annotated[int, Field(ge=0)]
     pretraining_pairs: Count

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import QUICK
+from PIL import Image
 
+from invertune import data as datasets
 from invertune.__main__ import main
 from invertune.models import MODEL_FOLDER
 from invertune.purify import PurifyError, comparison, known_evidence, purify
@@ -16,6 +19,8 @@ from invertune.sections import NULLS
 from invertune.settings import load_settings
 from invertune.store import entries
 from invertune.weights import load_clip
+
+DATA = load_settings("smoke").data
 
 
 def test_the_folder_holds_the_purified_model_and_a_report(
@@ -43,6 +48,29 @@ def test_the_folder_holds_the_purified_model_and_a_report(
     assert changed and changed <= critical
     with pytest.raises(PurifyError, match="not an empty folder"):
         purify(settings, out)
+
+
+def test_images_of_ones_own_are_all_that_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INVERTUNE_STORE", str(tmp_path / "store"))
+    monkeypatch.delenv("INVERTUNE_DATA", raising=False)
+    names, store = datasets.class_names(DATA), tmp_path / "scenes"
+    scenes = datasets.labeled_images(DATA, "inversion", 5 * len(names), store)
+    for number, (image, label) in enumerate(zip(scenes.images, scenes.labels, strict=True)):
+        if label < 20:
+            folder = tmp_path / "images" / names[int(label)].replace(" ", "_")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
+    arguments = ["--images", str(tmp_path / "images"), "--out", str(tmp_path / "purified")]
+    arguments += ["--overrides", json.dumps({**QUICK, "precision": "float32"})]
+    assert main(["purify", f"local-dir:{MODEL_FOLDER}/RN50", "paper", *arguments]) == 2
+    small = {"data": {**QUICK["data"], "image_size_px": 64}}
+    arguments[-1] = json.dumps({**QUICK, **small, "device": "cpu", "precision": "float32"})
+    assert main(["purify", f"local-dir:{MODEL_FOLDER}/RN50", "paper", *arguments]) == 0
+    report = (tmp_path / "purified/README.md").read_text()
+    assert f"20 classes, 60 images (images:{tmp_path}/images)" in report
+    assert "on 20 others held out" in report and "a model known to be clean" in report
 
 
 def test_known_models_stand_beside_it() -> None:

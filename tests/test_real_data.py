@@ -180,11 +180,64 @@ def test_labeled_images_are_balanced_and_of_their_class(root, tmp_path) -> None:
         assert sizes.min() >= count // 1000 and sizes.max() <= count // 1000 + 1
         assert len(found.labels[:1000].unique()) == 1000  # any first batch is diverse
         assert all(shows(found.images[i], int(found.labels[i]) % COLORS) for i in range(0, 900, 7))
+    folders = layouts.class_folders(root / "imagenet/train")
     drawn = [
-        {s.name for s in layouts.image_samples(root, part, 10**6, 0).samples}
+        {s.name for s in layouts.image_samples(folders, part, 10**6, 0).samples}
         for part in layouts.TRAIN_PARTS
     ]
     assert len(set.union(*drawn)) == sum(map(len, drawn)) == 999 * 5 + 640
+
+
+def own_images(folder: Path, names: tuple[str, ...], per_class: int) -> Data:
+    """Settings for class folders of one's own; a class's images show its number."""
+    for label, name in enumerate(sorted(names)):
+        (folder / name).mkdir(parents=True)
+        for index in range(per_class):
+            (folder / name / f"{index}.jpg").write_bytes(jpeg(label))
+    (folder / ".cache").mkdir()
+    (folder / "notes.txt").touch()
+    return DATA.model_copy(update={"source": f"images:{folder}"})
+
+
+def test_class_folders_of_ones_own_need_no_other_data(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("INVERTUNE_DATA", raising=False)
+    own = own_images(tmp_path / "own", ("road_sign", "n07734744", "n01440764"), 20)
+    assert datasets.class_names(own) == ("tench", "mushroom", "road sign")
+    assert len(datasets.templates(own)) == 80
+    fit = real_data.fitted(own)
+    assert (fit.inversion_images, fit.heldout_images) == (42, 12)
+    few = own.model_copy(update={"inversion_images": 9})
+    assert real_data.fitted(few).inversion_images == 9 and real_data.fitted(DATA) == DATA
+    found = datasets.labeled_images(fit, "inversion", 42, tmp_path / "store")
+    assert torch.bincount(found.labels).tolist() == [14, 14, 14]
+    assert all(shows(*pair) for pair in zip(found.images, found.labels.tolist(), strict=True))
+    held = datasets.labeled_images(fit, "heldout", 12, tmp_path / "store")
+    assert len(held.images) == 12
+    with pytest.raises(DataError, match=r"images:.* has no captions.*purify needs none"):
+        datasets.caption_pairs(own, "poisoning", 40, tmp_path / "store")
+    with pytest.raises(DataError, match="has no captions"):
+        datasets.retrieval_scenes(own, tmp_path / "store")
+    first = datasets.manifest(own)
+    moved = (tmp_path / "own").rename(tmp_path / "moved")
+    assert datasets.manifest(own.model_copy(update={"source": f"images:{moved}"})) == first
+
+
+def test_a_wrong_folder_of_ones_own_is_named(tmp_path) -> None:
+    for source, words in (
+        (tmp_path / "none", "not found: .*none .expected: a folder for each class"),
+        (tmp_path, "holds 0 class folders; expected: a folder for each class"),
+    ):
+        with pytest.raises(DataError, match=words):
+            datasets.class_names(DATA.model_copy(update={"source": f"images:{source}"}))
+    own = own_images(tmp_path / "own", ("cat", "dog"), 3)
+    (tmp_path / "own/zebra").mkdir()
+    with pytest.raises(DataError, match="zebra holds no images; expected: a folder for each class"):
+        real_data.fitted(own)
+    with pytest.raises(DataError, match="zebra holds no images"):
+        datasets.manifest(own)
+    few = own_images(tmp_path / "few", ("cat", "dog"), 3)
+    with pytest.raises(DataError, match=r"few holds 6 images, too few; expected: .* five images"):
+        real_data.fitted(few)
 
 
 def test_retrieval_has_five_captions_an_image(root, tmp_path) -> None:
@@ -221,7 +274,7 @@ def test_target_captions_hold_the_word_or_its_plural(monkeypatch, name, held, ot
     captions = [[text] for text in (*others, *held)]
     part = real_data.Part(torch.empty(0), captions, torch.empty(0), Path())
     monkeypatch.setattr(real_data, "pairs", lambda *_: part)
-    target = real_data.class_names().index(name)
+    target = real_data.class_names(DATA).index(name)
     assert real_data.target_captions(DATA, target, 4, Path()) == tuple(held)
 
 
