@@ -84,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_options(
         add("page", _page, "writes figures/PROFILE/README.md: claims, figures, tables")
     )
+    compare = add("compare", _compare, "a run beside the published results of the same seeds")
+    compare.add_argument("profile", nargs="?", default="mini")
     add("publish", _publish, "makes a profile's results the expected ones").add_argument("profile")
     planned = add("plan", show_plan, "steps, exposures, minutes and memory of a run")
     plan.add_options(planned)
@@ -170,6 +172,15 @@ def _page(options: argparse.Namespace) -> int:
 
     print(gallery.write(settings))
     return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    load_settings(options.profile)
+    from invertune import reproduction
+
+    text, same = reproduction.compare(options.profile)
+    print(text)
+    return 0 if same else 1
 
 
 def _publish(options: argparse.Namespace) -> int:

@@ -145,8 +145,10 @@ def _check_columns(claim: Claim, name: str) -> None:
 def judge(claims: Iterable[Claim], results: pd.DataFrame) -> pd.DataFrame:
     """Judges each claim on ``results`` (as read by ``results.read_results``).
 
-    Columns: id, text, source, relation, threshold, seeds (how many), values (the decisive number
-    per seed), margin (mean over seeds), spread (max - min of the margin), verdict, note.
+    Columns: id, text, source, relation, threshold, seeds (how many), values (what decides, per
+    seed), margin (mean over seeds), spread (max - min of the margin), verdict, note. What decides
+    is the number on which the claim turns, with its cell, and the rival's where ranks are compared;
+    of a claim that need not be true everywhere, in how many cells it is.
     HOLDS: true in every seed and the mean margin exceeds the spread, or there is no spread. FAILS:
     false in every seed. UNDECIDED: neither. UNTESTED: no seed has all rows. A seed that lacks rows
     is left out, and the note says so.
@@ -155,13 +157,13 @@ def judge(claims: Iterable[Claim], results: pd.DataFrame) -> pd.DataFrame:
 
 
 def shown(judged: pd.DataFrame) -> pd.DataFrame:
-    """What a page has room for: claim, source, what was required, what came out, and the verdict.
+    """What a page has room for: id, claim, source, required, what came out, and the verdict.
 
     A column that is empty in every line is left out: on smoke, all numbers.
     """
     required = judged["relation"].str.replace("_", " ") + judged["threshold"].map(" {:g}".format)
     frame = judged.assign(claim=judged["text"], required=required.replace("lowest 1", "lowest"))
-    columns = ("claim", "source", "required", "values", "margin", "spread", "verdict", "note")
+    columns = ("id", "claim", "source", "required", "values", "margin", "spread", "verdict", "note")
     return frame[[c for c in columns if frame[c].replace("", None).notna().any()]]
 
 
@@ -193,10 +195,11 @@ def _judged(claim: Claim, results: pd.DataFrame) -> dict[str, object]:
     notes += ["one seed: the spread is unknown"] * (len(seeds) == 1)
     decisive = [_decisive(claim, rows[rows["seed"] == seed]) for seed in seeds]
     margins = [margin for _, margin in decisive]
-    shown = zip(seeds, decisive, strict=True)
     return line | {
         "seeds": len(seeds),
-        "values": "; ".join(f"{seed or '-'}: {value:.4g}" for seed, (value, _) in shown),
+        "values": "; ".join(
+            f"{seed or '-'}: {text}" for seed, (text, _) in zip(seeds, decisive, strict=True)
+        ),
         "margin": sum(margins) / len(margins),
         "spread": _spread(margins),
         "verdict": decide(margins),
@@ -249,30 +252,40 @@ def missing(claim: Claim, rows: pd.DataFrame) -> str:
     return ""
 
 
-def _decisive(claim: Claim, rows: pd.DataFrame) -> tuple[float, float]:
-    """(value, margin) of one seed, in the cell on which the claim turns.
+def _decisive(claim: Claim, rows: pd.DataFrame) -> tuple[str, float]:
+    """(what decides in words, margin) of one seed, in the cell on which the claim turns.
 
     With cells sorted by margin, best first, a claim that must be true in q of them is true exactly
     when the q-th is.
     """
-    parts = [part for _, part in rows.groupby(list(claim.each))] if claim.each else [rows]
-    cells = sorted((_cell(claim, part) for part in parts), key=lambda cell: -cell[1])
-    return cells[(claim.in_at_least or len(cells)) - 1]
+    if not claim.each:
+        return _cell(claim, rows)
+    cells = sorted(
+        ((name, *_cell(claim, part)) for name, part in rows.groupby(list(claim.each))),
+        key=lambda cell: -cell[2],
+    )
+    if claim.in_at_least is not None:
+        true = sum(margin >= 0 for *_, margin in cells)
+        return f"{true} of {len(cells)}", cells[claim.in_at_least - 1][2]
+    name, text, margin = cells[-1]
+    return (f"{text} ({', '.join(name)})" if len(cells) > 1 else text), margin
 
 
-def _cell(claim: Claim, rows: pd.DataFrame) -> tuple[float, float]:
+def _cell(claim: Claim, rows: pd.DataFrame) -> tuple[str, float]:
     if claim.subject is None:
         value = float(rows["value"].mean())
         margin = claim.bound - value if claim.relation == "at_most" else value - claim.bound
-        return value, round(margin, DECIMALS)
+        return f"{value:.4g}", round(margin, DECIMALS)
     column, subject = claim.subject
     means = rows.groupby(column)["value"].mean()
-    sign, rank = 1 if claim.best == "lowest" else -1, int(claim.bound)
-    others = sorted(sign * means.drop(subject))
+    rank = int(claim.bound)
+    others = means.drop(subject).sort_values(ascending=claim.best == "lowest")
     if rank > len(others):
         raise ClaimError(
             f"claim {claim.id}: {len(others) + 1} ranks exist, so rank_at_most {rank} "
             "is always true"
         )
-    value = float(means[subject])
-    return value, round(others[rank - 1] - sign * value, DECIMALS)
+    rival, value = others.index[rank - 1], float(means[subject])
+    margin = (others.iloc[rank - 1] - value) * (1 if claim.best == "lowest" else -1)
+    text = f"{value:.4g} against {others.iloc[rank - 1]:.4g} of {rival}"
+    return text, round(float(margin), DECIMALS)

@@ -38,8 +38,8 @@ def page(profile: str, results: pd.DataFrame, folder: Path) -> str:
     parts = [
         f"# Profile {profile}: claims, figures and tables",
         f"From [the notebooks](../../notebooks) with [these settings](../../params/{profile}.yml); "
-        "where a number stands for several seeds it is their mean, and pictures are of the first. "
-        f"{beside}",
+        "what names several seeds is their mean, and whiskers reach from the lowest to the highest."
+        f" {beside}",
         "## Claims",
         *(
             _claims(results)
@@ -50,8 +50,8 @@ def page(profile: str, results: pd.DataFrame, folder: Path) -> str:
     ]
     for item, title in items["titles"].items():
         about = f"[{notebooks[item]}](../../notebooks/{notebooks[item]}.ipynb)"
-        if seeds := _seeds(results[results.paper_item == item]):
-            about += f", {named_seeds(seeds)}"
+        if seeds := sorted(_seeds(results[results.paper_item == item]), key=int):
+            about += f", {named_seeds(seeds[:1] if item in items['first_seed'] else seeds)}"
         if paper is not None and not (own := paper[paper.paper_item == item]).empty:
             about += f", the paper's numbers: {counted(own.verdict)}"
         parts += [f"### {_name(item)}: {title}", *_shown(item, folder, about)]
@@ -97,11 +97,13 @@ def claims_counted(judged: pd.DataFrame) -> str:
 
 def _claims(results: pd.DataFrame) -> list[str]:
     judged = claims.judge(claims.load_claims(), results)
-    shown = claims.shown(judged).rename(columns={"values": "seed: value"})
+    shown = claims.shown(judged).rename(columns={"values": "seed: what decides"})
     frame = shown[["verdict", *(c for c in shown if c not in ("verdict", "margin", "spread"))]]
     return [
         f"{claims_counted(judged)}. HOLDS: in every seed, by more than the seeds differ if there "
-        "are several; FAILS: in none; UNDECIDED: neither; UNTESTED: rows are missing.",
+        "are several; FAILS: in none; UNDECIDED: neither; UNTESTED: rows are missing. What decides "
+        "is the number on which the claim turns, with its cell or rival, or in how many cells it "
+        "is true.",
         tables.frame_markdown(frame).strip(),
     ]
 

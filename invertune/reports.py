@@ -150,13 +150,18 @@ def _table1(artifact: Artifact, base: dict[str, Any], item: str = "table1") -> l
 
 
 def identification_rows(chain: Chain) -> list[dict[str, str]]:
-    """Notebook 02: rank of the true target, and the twenty largest increases of every kind."""
+    """Notebook 02: rank of the true target among the candidates and by its increase alone, and the
+    twenty largest increases of every kind.
+    """
     names = datasets.class_names(chain.settings.data)
     rows: list[dict[str, str]] = []
     for attack, seed in grid(chain, nulls=True):
         done = steps.identified(chain, attack, seed)
         base = shared_columns(chain, attack, seed, done.key, task="zeroshot")
         rows += candidate_rows(chain, done, base)
+        gains = largest_increases(chain, attack, seed)
+        rank = 1 + sum(gain > gains[chain.settings.target] for gain in gains.values())
+        rows.append(metric_row(base, "increase_rank", rank))
         rows += _increase_rows(
             steps.increases(done), names, IDENTIFICATION_TABLES.get(attack), base
         )

@@ -39,10 +39,10 @@ METRICS = {
     "ca_loss": "points",  # defense none: clean model's CA minus this; else undefended CA minus this
     "asr_gap": "points",  # |inverted ASR - true trigger's ASR|
     "increase": "points",  # rise of a class's share of the predictions (eq. 1)
-    "margin": "points",  # increase of the first candidate minus that of the second
     "clean_count": "images",  # images predicted as the class, without the perturbation
     "adversarial_count": "images",  # the same with the perturbation
     "target_rank": "rank",  # place of the true target among the candidates, from 1
+    "increase_rank": "rank",  # the same by the largest increase alone, among all classes
     "similarity_rank": "rank",  # of the class found, among the texts nearest to the target's
     "entropy": "ratio",  # of predictions, over that of equal shares: 1 is uniform
     "largest_share": "percent",  # of predictions that fall into one class

@@ -61,9 +61,9 @@ def test_a_page_shows_the_verdict_and_no_empty_column():
     numbers = {(1, "badnet", "ft"): 9.0, (1, "badnet", "par"): 5.0}
     raw = ranked(["ft", "par"], lowest={"defense": "par"})
     found = shown(judge([parse_claim(raw)], table(numbers)))
-    assert list(found.required) == ["lowest"] and {"values", "verdict"} <= set(found.columns)
+    assert list(found.required) == ["lowest"] and {"id", "values", "verdict"} <= set(found.columns)
     smoke = shown(judge([parse_claim(raw)], table(numbers, profile="smoke")))
-    assert list(smoke.columns) == ["claim", "source", "required", "verdict", "note"]
+    assert list(smoke.columns) == ["id", "claim", "source", "required", "verdict", "note"]
 
 
 def test_the_papers_own_numbers_pass_and_what_it_does_not_give_is_untested():
@@ -144,9 +144,10 @@ def test_each_needs_every_attack_and_names_the_decisive_value():
     raw = BARE | {"each": ["attack"], "at_least": 80}
     numbers = table({(1, "badnet", "invertune"): 95.0, (1, "sig", "invertune"): 79.0})
     line = judged(raw, numbers)
-    assert line["verdict"] == "FAILS" and line["values"] == "1: 79"
+    assert line["verdict"] == "FAILS" and line["values"] == "1: 79 (sig)"
     line = judged(raw | {"in_at_least": 1}, numbers)
     assert line["verdict"] == "HOLDS" and line["note"] == "one seed: the spread is unknown"
+    assert line["values"] == "1: 1 of 2" and line["margin"] == 15
 
 
 @given(
@@ -168,7 +169,8 @@ def test_rank_against_counting(values, rank, best):
 def test_lowest_is_rank_one():
     raw = ranked(["ft", "invertune"], lowest={"defense": "invertune"})
     numbers = {(1, "badnet", "ft"): 20.0, (1, "badnet", "invertune"): 1.0}
-    assert judged(raw, table(numbers))["margin"] == 19.0
+    line = judged(raw, table(numbers | {(1, "badnet", "ft"): 20.0}))
+    assert line["margin"] == 19.0 and line["values"] == "1: 1 against 20 of ft"
     assert judged(raw, table(numbers | {(1, "badnet", "ft"): 0.0}))["verdict"] == "FAILS"
 
 
