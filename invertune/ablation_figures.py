@@ -5,8 +5,7 @@ Bands and whiskers go from min to max over seeds. Rates are in percent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import matplotlib as mpl
 import numpy as np
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from invertune import figures, tables
 from invertune.ablations import ours, variant
 from invertune.chain import Chain
-from invertune.figures import AFTER, ATTACK_COLORS, BEFORE, COLUMN_IN, MARKED, STYLE, canvas, panels
+from invertune.figures import AFTER, BEFORE, COLUMN_IN, MARKED, STYLE, attack_look, canvas, panels
 from invertune.reports import grid
 from invertune.sections import WEIGHTS
 from invertune.settings import compared
@@ -32,58 +31,61 @@ def table2_figure(
     ``state`` "last": the last state of each inversion instead of the chosen one.
     """
     several = [w for w in WEIGHTS if len(compared(chain.settings, "inversion", w)) > 1]
-    figure, axes = panels(len(several), 0.4, 1.4, sharey=True)
+    masks = metric == "mask_l1"
+    figure, axes = panels(len(several), 0.4, 1.4, sharey=masks)
     titles = {"inverted_asr": "Inverted ASR (%)", "mask_l1": "Mask size (L1)", "ssim": "SSIM"}
     for chart, weight in zip(axes.flat, several, strict=False):
         values = sorted(compared(chain.settings, "inversion", weight))
+        suffix = f";state={state}" if state else ""
+        places = {variant(weight, v) + suffix: i for i, v in enumerate(values)}
         for attack in chain.settings.ablations.weight_attacks:
-            texts = [variant(weight, v) + (f";state={state}" if state else "") for v in values]
-            rows = ours(chain, results, texts, attack=attack, metric=metric)
-            look = {"color": ATTACK_COLORS[attack], "marker": "o", "markersize": 2}
-            _curve(chart, rows, texts, label=tables.label("attack", attack), **look)
+            rows = ours(chain, results, list(places), attack=attack, metric=metric)
+            _curve(chart, rows, places, attack)
         chart.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         chart.set_xlabel(rf"$\lambda_{weight[-1]}$ (no unit)")
+        if not masks:
+            chart.set_title("values from {:.3g} to {:.3g}".format(*chart.dataLim.intervaly))
     for chart in axes[:, 0]:
         chart.set_ylabel(titles[metric])
-    if metric == "mask_l1":
-        axes[0, 0].set_yscale("log")  # a whole mask stands for an ASR never reached
-    if metric == "inverted_asr":
-        axes[0, 0].set_ylim(-3, 105)  # a line at 0 is seen
+    if masks:
+        axes[0, 0].set(yscale="log", ylim=(None, 3 * axes[0, 0].get_ylim()[1]))
+        look = {"marker": "o", "markersize": 3, "fillstyle": "none", "linestyle": ""}
+        axes[0, 0].plot([], [], color="black", label="ASR floor not reached", **look)
     figures.legend_above(figure, axes[0, 0])
     return figure
 
 
-def _curve(axes: Axes, rows: pd.DataFrame, texts: Sequence[str], **look: Any) -> None:
-    """Means of the variants ``texts`` at 0, 1, ...; a band from min to max over seeds."""
-    found = tables.by_seed(rows, "variant")
-    known = [(place, found[text]) for place, text in enumerate(texts) if text in found]
-    if not known:
+def _curve(axes: Axes, rows: pd.DataFrame, places: Mapping[str, float], attack: str) -> None:
+    """Means over seeds at the places of their variants; a band from min to max over seeds.
+
+    An infinite one, a mask that never reached the ASR floor, is an open marker at the top.
+    """
+    found = {places[text]: v for text, v in tables.by_seed(rows, "variant").items()}
+    if not found:
         return
-    places = [place for place, _ in known]
-    axes.plot(places, [float(np.mean(v)) for _, v in known], **look)
-    if any(len(v) > 1 for _, v in known):
-        ends = [min(v) for _, v in known], [max(v) for _, v in known]
-        axes.fill_between(places, *ends, color=look["color"], alpha=0.2, linewidth=0)
+    look = attack_look(attack)
+    finite = {place: found[place] for place in sorted(found) if np.isfinite(found[place]).all()}
+    axes.plot(list(finite), [np.mean(v) for v in finite.values()], **look)
+    never = [place for place in found if place not in finite]
+    top = {"transform": axes.get_xaxis_transform(), "fillstyle": "none", "linestyle": ""}
+    axes.plot(never, [0.96] * len(never), **{**look, **top, "label": None})
+    if any(len(v) > 1 for v in finite.values()):
+        ends = [min(v) for v in finite.values()], [max(v) for v in finite.values()]
+        axes.fill_between(list(finite), *ends, color=look["color"], alpha=0.2, linewidth=0)
 
 
 @mpl.rc_context(STYLE)
 def table3_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """Table 3's ASR at top 1 and top 10, by the trigger that the model was tuned with."""
-    wanted = chain.settings.ablations.perturbation_attacks
-    names = list(dict(grid(chain, among=wanted)))
-    figure, axes = canvas(2, 1, COLUMN_IN, 3.2, sharex=True)
-    looks = (("uap", -0.2, BEFORE, "universal perturbation"), ("inverted", 0.2, AFTER, "inverted"))
-    for chart, k in zip(axes[:, 0], ("1", "10"), strict=True):
-        for source, shift, color, title in looks:
-            about = {"paper_item": "table3", "metric": "asr", "k": k}
+    names = list(dict(grid(chain, among=chain.settings.ablations.perturbation_attacks)))
+    figure, axes = figures.bar_panels(len(names), 3)
+    titles = {"inverted": "inverted trigger", "uap": "universal perturbation", "both": "both"}
+    for chart, k in zip(axes[0], ("1", "10"), strict=True):
+        about, groups = {"paper_item": "table3", "metric": "asr", "k": k}, {}
+        for source, title in titles.items():
             rows = ours(chain, results, [f"trigger={source}"], **about)
-            values = tables.by_seed(rows, "attack")
-            figures.bars(chart, names, values, shift, color, title)
-        rows = ours(chain, results, ["trigger=both"], paper_item="table3", metric="asr", k=k)
-        both = {a: np.mean(v) for a, v in tables.by_seed(rows, "attack").items()}
-        places = [names.index(attack) for attack in both]
-        if both:
-            chart.plot(places, list(both.values()), "D", color=MARKED, markersize=3, label="both")
+            groups[title] = tables.by_seed(rows, "attack")
+        figures.bars(chart, names, groups, (AFTER, BEFORE, MARKED))
         figures.percent_axis(chart, f"ASR, top {k} (%)")
     figures.legend_above(figure, axes[0, 0])
     return figure
@@ -93,44 +95,42 @@ def table3_figure(chain: Chain, results: pd.DataFrame) -> Figure:
 def rounds_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """ASR and CA after one and after two rounds of steps 2 and 3, per attack."""
     names = list(dict(grid(chain, among=chain.settings.ablations.round_attacks)))
-    figure, axes = canvas(2, 1, COLUMN_IN, 3.2, sharex=True)
-    for chart, metric in zip(axes[:, 0], ("asr", "ca"), strict=True):
-        looks = ((1, -0.2, BEFORE, "one round"), (2, 0.2, AFTER, "two rounds"))
-        for number, shift, color, title in looks:
+    figure, axes = figures.bar_panels(len(names), 2)
+    for chart, metric in zip(axes[0], ("asr", "ca"), strict=True):
+        groups = {}
+        for number, title in ((1, "one round"), (2, "two rounds")):
             rows = ours(chain, results, [variant("rounds", number)], metric=metric)
-            values = tables.by_seed(rows, "attack")
-            figures.bars(chart, names, values, shift, color, title)
-        figures.percent_axis(chart, f"{metric.upper()} (%)")
+            groups[title] = tables.by_seed(rows, "attack")
+        figures.bars(chart, names, groups)
+    axes[0, 0].set_xlabel("ASR (%)")
+    axes[0, 0].margins(x=0.15)
+    figures.percent_axis(axes[0, 1], "CA (%)")
     figures.legend_above(figure, axes[0, 0])
     return figure
 
 
 @mpl.rc_context(STYLE)
 def figure6(chain: Chain, results: pd.DataFrame) -> Figure:
-    """Figure 6: CA (left axis) and ASR (right axis) over beta, a panel per attack."""
-    names = list(dict(grid(chain, among=chain.settings.ablations.beta_attacks)))
+    """Figure 6: CA and ASR over beta, a line per attack.
+
+    CA is that of the chosen state on evaluation images, and that of the last step on the images
+    that choose, which show drawings that the model was trained on.
+    """
     values = sorted(compared(chain.settings, "tuning", "beta"))
-    texts = [variant("beta", value) for value in values]
-    figure, axes = canvas(max(1, len(names)), 1, COLUMN_IN, 0.4 + 1.8 * max(1, len(names)))
-    for chart, attack in zip(axes[:, 0], names, strict=False):  # none: an empty chart
-        right = chart.twinx()
-        right.spines["right"].set_visible(True)
-        last = [f"{text};state=last" for text in texts]
-        looks = (
-            (chart, "ca", texts, AFTER, "o", "-", "CA"),
-            (chart, "ca", last, AFTER, "", ":", "CA, last step (held-out)"),
-            (right, "asr", texts, MARKED, "s", "--", "ASR"),
-        )
-        for place, metric, wanted, color, marker, line, title in looks:
-            rows = ours(chain, results, wanted, attack=attack, metric=metric, defense="invertune")
-            look = {"color": color, "marker": marker, "markersize": 3, "linestyle": line}
-            _curve(place, rows, wanted, label=title, **look)
-            chart.plot([], [], label=title, **look) if place is right else None
-        chart.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-        chart.set(xlabel=r"$\beta$ (no unit)", title=tables.label("attack", attack), ylim=(0, 100))
-        chart.set_ylabel("CA (%)", color=AFTER)
-        right.set_ylabel("ASR (%)", color=MARKED)
-        right.set_ylim(0, max(10, right.get_ylim()[1]))  # tenths of a percent look small
+    ticks = sorted({values[0], chain.settings.tuning.beta, values[-1]})
+    figure, axes = canvas(1, 3, COLUMN_IN, 1.9)
+    shown = (
+        ("CA,\nevaluation (%)", "ca", ""),
+        ("CA, last step, on the\nimages that choose (%)", "ca", ";state=last"),
+        ("ASR,\nevaluation (%)", "asr", ""),
+    )
+    for chart, (title, metric, state) in zip(axes[0], shown, strict=True):
+        places = {variant("beta", value) + state: value for value in values}
+        for attack in dict(grid(chain, among=chain.settings.ablations.beta_attacks)):
+            where = {"attack": attack, "metric": metric, "defense": "invertune"}
+            _curve(chart, ours(chain, results, list(places), **where), places, attack)
+        chart.set(title=title, xlabel=r"$\beta$ (no unit)", xticks=ticks)
+    axes[0, 2].set_ylim(bottom=0)
     figures.legend_above(figure, axes[0, 0])
     return figure
 
@@ -145,10 +145,11 @@ def updates_figure(chain: Chain, results: pd.DataFrame) -> Figure:
         for attack in dict(grid(chain, among=chain.settings.ablations.switch_attacks)):
             own = ours(chain, rows, rows.variant.unique(), attack=attack, metric=metric)
             means = own.groupby(own.variant.str.removeprefix("updates=").astype(int)).value.mean()
-            chart.plot(means, color=ATTACK_COLORS[attack], label=tables.label("attack", attack))
+            chart.plot(means, **attack_look(attack))
         chart.axvline(
             chain.settings.inversion.steps, color="black", linestyle=":", label="own length"
         )
-        chart.set(xlabel="Updates", ylabel=title, ylim=(0, None))
+        chart.set(xlabel="Updates", ylabel=title)
+    axes[0, 1].set_ylim(bottom=0)
     figures.legend_above(figure, axes[0, 0])
     return figure

@@ -16,7 +16,7 @@ from invertune.ablation_steps import found_triggers, inversions, scored, second_
 from invertune.chain import Chain
 from invertune.evaluation import RECALL_KS
 from invertune.metrics import Rate
-from invertune.reports import full_mask, grid, metric_row, shared_columns
+from invertune.reports import full_mask, grid, metric_row, own_rows, shared_columns
 from invertune.results import variant_text
 from invertune.sections import NULLS, WEIGHTS
 from invertune.settings import compared
@@ -170,8 +170,8 @@ def perturbation_rows(chain: Chain) -> Rows:
 
 def ours(chain: Chain, results: pd.DataFrame, wanted: Sequence[str], **where: str) -> pd.DataFrame:
     """The rows of this backbone and target whose variant is among ``wanted``."""
-    own = chain.settings
-    for column, text in {"backbone": own.backbone, "target": own.target, **where}.items():
+    results = own_rows(chain, results)
+    for column, text in where.items():
         results = results[results[column] == text]
     return results[results.variant.isin(wanted)]
 

@@ -13,12 +13,11 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from invertune import defenses, steps, tables
 from invertune.chain import Chain
 from invertune.evaluation import evaluated
-from invertune.figures import COLUMN_IN, DEFENSE_COLORS, PLAIN, STYLE, bars, canvas, percent_axis
+from invertune.figures import COLUMN_IN, STYLE, bars, canvas, legend_above, percent_axis, rate_text
 from invertune.plan import invertune_passes
 from invertune.reports import (
     TASKS,
@@ -156,20 +155,22 @@ def rebound_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
 @mpl.rc_context(STYLE)
 def table1_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """Table 1 as two heatmaps a task: ASR (%) and CA loss (points), defenses by attacks."""
+    looks = (
+        ("asr", "ASR (%), light 0 to dark 100", 100),
+        ("ca_loss", "CA loss (points), light 0 to dark 10 or more", 10),
+    )
     figure, axes = canvas(4, 1, COLUMN_IN, 1.2 + 0.68 * len(compared(chain)), sharex=True)
     for line, (task, k) in zip(axes[:, 0].reshape(2, 2), TASKS, strict=True):
         where = {"task": task, "k": k, "variant": "", "defense": list(compared(chain))}
-        for chart, (metric, title, top) in zip(
-            line, (("asr", "ASR (%)", 100), ("ca_loss", "CA loss (points)", 10)), strict=True
-        ):
+        for chart, (metric, title, top) in zip(line, looks, strict=True):
             values = _by_attack(chain, own_rows(chain, results), metric=metric, **where)
             sns.heatmap(
                 values,
                 ax=chart,
                 vmin=0,
                 vmax=top,
-                annot=True,
-                fmt=".1f",
+                annot=values.map(rate_text),
+                fmt="",
                 annot_kws={"size": 6},
                 cmap="rocket_r" if metric == "asr" else "mako_r",
                 cbar=False,  # every cell has its number
@@ -197,26 +198,20 @@ def _by_attack(chain: Chain, results: pd.DataFrame, **where: Any) -> pd.DataFram
 
 @mpl.rc_context(STYLE)
 def rebound_figure(chain: Chain, results: pd.DataFrame) -> Figure:
-    """Zero-shot ASR of each defense right after it and after benign fine-tuning.
-
-    Means over seeds; whiskers go from the smallest to the largest.
-    """
-    looks = (
-        ("after the defense", {"metric": "asr", "paper_item": "table1"}, -0.2, ""),
-        ("after fine-tuning", {"metric": "rebound_asr"}, 0.2, "////"),
-    )
-    defended = compared(chain)
-    colors = [DEFENSE_COLORS[defense] for defense in defended]
+    """Zero-shot ASR of each defense right after it and after benign fine-tuning."""
+    looks = {
+        "after the defense": {"metric": "asr", "paper_item": "table1"},
+        "after fine-tuning": {"metric": "rebound_asr"},
+    }
     names = [a for a in chain.settings.attacks.names if a in chain.settings.rebound.attacks]
     results, count = own_rows(chain, results), max(1, len(names))
     figure, axes = canvas(count, 1, COLUMN_IN, 0.5 + 1.3 * count, sharex=True)
     for chart, attack in zip(axes[:, 0], names, strict=False):  # none: an empty chart
         shared = {"attack": attack, "task": "zeroshot", "k": "1", "variant": ""}
-        for _, where, shift, hatch in looks:
-            values = tables.by_seed(results, "defense", **shared, **where)
-            bars(chart, defended, values, shift, colors, column="defense", hatch=hatch)
-        chart.set_title(tables.label("attack", attack))
+        groups = {t: tables.by_seed(results, "defense", **shared, **w) for t, w in looks.items()}
+        bars(chart, compared(chain), groups, column="defense")
         percent_axis(chart, "ASR (%)")
-    handles = [Patch(facecolor=PLAIN, edgecolor="w", hatch=h, label=t) for t, _, _, h in looks]
-    figure.legend(handles=handles, loc="outside upper center", ncols=2)
+        chart.set_title(tables.label("attack", attack))
+        chart.label_outer()
+    legend_above(figure, axes[0, 0])
     return figure

@@ -10,14 +10,12 @@ from matplotlib.figure import Figure
 
 from invertune import steps
 from invertune.chain import Chain
-from invertune.figures import ATTACK_COLORS, OTHER_COLOR, STYLE, in_order, panels
-from invertune.tables import label
+from invertune.figures import STYLE, attack_look, in_order, panels
 
 INVERSION_CURVES = {
     "align": "$L_{align}$",
     "emb": "$L_{emb}$",
     "sim": "$L_{sim}$",
-    "mask": "$L_{mask}$",
     "inverted_asr": "Inverted ASR (%)",
     "mask_l1": "Mask size (L1)",
 }
@@ -41,7 +39,7 @@ def inversion_figure(chain: Chain) -> Figure:
 
 
 def tuning_figure(chain: Chain) -> Figure:
-    """Per attack (first seed): what step 3 measured at the rate it kept; dots are kept states."""
+    """Per attack (first seed): what step 3 measured at the rate it kept; circles: kept states."""
     names: Sequence[str] = chain.settings.attacks.names
     found = {a: steps.tuned(chain, a, chain.settings.seeds[0]).metrics for a in names}
     states = {a: pd.DataFrame([m["suspected"], *m["states"]]) for a, m in found.items()}
@@ -59,19 +57,20 @@ def loss_curves(
     """Training over steps: one panel per column of ``titles``, one line per attack (eqs. 3-7, 11).
 
     Each log has a column ``step`` and some of the columns; missing values are skipped, so losses
-    and what is measured less often may stand in one frame. ``kept`` steps get a dot.
+    and what is measured less often may stand in one frame. ``kept`` steps get a circle.
     """
-    dots = kept or {}
+    kept, ring = kept or {}, {"marker": "o", "markersize": 6, "fillstyle": "none"}
     figure, axes = panels(len(titles), 0.6, 1.1, sharex=True)
     for chart, (column, title) in zip(axes.flat, titles.items(), strict=False):
-        for name in in_order(logs):
+        for i, name in enumerate(in_order(logs)):
             if column in logs[name]:
-                points = logs[name].set_index("step")[column].dropna()
-                color = ATTACK_COLORS.get(name, OTHER_COLOR)
-                chart.plot(points, label=label("attack", name), color=color)
-                if name in dots:
-                    chart.plot(dots[name], points[dots[name]], "o", color=color, markersize=3)
+                points, look = logs[name].set_index("step")[column].dropna(), attack_look(name)
+                chart.plot(points, markevery=(0.03 * i, 0.25), **look)
+                if name in kept:
+                    chart.plot(kept[name], points[kept[name]], color=look["color"], **ring)
         chart.set_title(title)
+    if kept:
+        axes[0, 0].plot([], [], color="black", linestyle="", label="kept state", **ring)
     figure.supxlabel("Step", fontsize=STYLE["axes.labelsize"])
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=3)

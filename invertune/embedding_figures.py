@@ -23,11 +23,12 @@ from torch import Tensor
 from invertune import data as datasets
 from invertune import figures, metrics, steps, triggers
 from invertune.chain import Chain, class_head, pool, pretrained
-from invertune.figures import AFTER, ATTACK_COLORS, COLUMN_IN, MARKED, PLAIN, STYLE
+from invertune.figures import AFTER, COLUMN_IN, MARKED, PLAIN, STYLE
 from invertune.metrics import Rate
 from invertune.models import embed_images, to_pixels
 from invertune.perturbations import perturb
 from invertune.reports import grid, metric_row, shared_columns
+from invertune.tables import label
 from invertune.target_identification import strongest
 
 CLASSES = 10  # the target and nine drawn by the data's seed, the same for every attack
@@ -35,7 +36,7 @@ ATTACKED = ("triggered", "adversarial")
 LOOKS: dict[str, dict[str, Any]] = {
     "clean": {"label": "clean, nine classes", "marker": "o", "color": PLAIN, "s": 4},
     "target": {"label": "clean, target class", "marker": "s", "color": MARKED, "s": 7},
-    "triggered": {"label": "triggered", "marker": "^", "color": ATTACK_COLORS["badclip"], "s": 7},
+    "triggered": {"label": "triggered", "marker": "^", "color": "#56B4E9", "s": 7},
     "adversarial": {"label": "adversarial", "marker": "x", "color": AFTER, "s": 7},
 }
 
@@ -45,13 +46,19 @@ class View:
     """One encoder's unit features of images and texts of ten classes, the target first (index 0).
 
     ``images``: "target" [T, D], its clean ones; "clean", "triggered" and "adversarial" [M, D], of
-    the other classes with ``labels`` [M] (1-9). ``texts`` [10, D] belong to ``names``.
+    the other classes with ``labels`` [M] (1-9). ``texts`` [10, D] belong to ``names``; ``attack``
+    is that of the trigger.
     """
 
     names: tuple[str, ...]
     images: dict[str, Tensor]
     labels: Tensor
     texts: Tensor
+    attack: str = ""
+
+    def title(self, text: str) -> str:
+        """A chart's title: the attack, then ``text``."""
+        return f"{label('attack', self.attack)}: {text}"
 
     def similarities(self, kind: str) -> dict[str, np.ndarray]:
         """Cosines [M] of the images of a kind to the target's text and to their original one."""
@@ -80,7 +87,8 @@ def encoder_views(chain: Chain, attack: str, seed: int) -> dict[str, View]:
         images["adversarial"] = perturb(*strongest_perturbation(chain, suspect, seed), clean)
         features = {kind: embed_images(model.clip, x).cpu() for kind, x in images.items()}
         texts = class_head(chain, model.clip)[chosen].cpu()
-        views[encoder] = View(tuple(names[i] for i in chosen), features, labels, texts)
+        ten = tuple(names[i] for i in chosen)
+        views[encoder] = View(ten, features, labels, texts, attack)
     return views
 
 
@@ -157,7 +165,7 @@ def figure2(views: Mapping[str, View], seed: int = 0) -> Figure:
         text += "adversarial {adversarial:.2f}, both {together:.2f}\n"
         text += "centroids' cosine {triggered_adversarial:.2f}"
         numbers = text.format(**silhouettes(view), **centroid_cosines(view))
-        chart.set(title=f"{encoder} encoder", xticks=[], yticks=[], xlabel=numbers)
+        chart.set(title=view.title(f"{encoder} encoder"), xticks=[], yticks=[], xlabel=numbers)
     figures.legend_above(figure, axes[0, 0])
     return figure
 
@@ -177,7 +185,9 @@ def figure3(views: Mapping[str, View]) -> Figure:
         ]
         sns.violinplot(pd.concat(parts), ax=chart, **look)
         chart.axhline(0, color="black", linewidth=0.6)
-        chart.set(title=f"{encoder} encoder", xlabel="", ylabel="Change in cosine similarity")
+        chart.set(
+            title=view.title(f"{encoder} encoder"), xlabel="", ylabel="Change in cosine similarity"
+        )
         chart.get_legend().remove()
     figures.legend_above(figure, axes[0, 0])
     return figure
@@ -193,7 +203,7 @@ def figure4(views: Mapping[str, View]) -> Figure:
         for chart, kind in zip(line, ATTACKED, strict=True):
             table = (view.images[kind] @ view.texts.T).numpy()
             drawn = chart.imshow(table, aspect="auto", interpolation="nearest", **look)
-            chart.set_title(f"{kind} images")
+            chart.set_title(view.title(kind))
         line[0].set_ylabel(f"{encoder} encoder")
     middles = [float((view.labels == i).nonzero().double().mean()) for i in range(1, CLASSES)]
     axes[0, 0].set_yticks(middles, view.names[1:])

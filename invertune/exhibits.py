@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,8 +18,8 @@ from invertune.chain import Chain, Model, class_head
 from invertune.image_figures import Example
 from invertune.models import embed_images, to_pixels
 from invertune.reports import TASKS, inverted_energy, largest_increases, own_rows
-from invertune.sections import NULLS
-from invertune.target_identification import ranked_increases, strongest
+from invertune.sections import NULLS, Attacks
+from invertune.target_identification import ranked_increases, strongest, weighted_mask
 
 
 def _column(results: pd.DataFrame, **where: str | Sequence[str]) -> pd.Series:
@@ -37,10 +38,10 @@ def _by_attack(
 
 
 def gate_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
-    """Per attack: CA, ASR with its floors, and whether the gate is passed in every seed."""
+    """Per attack: CA, ASR with its floors, and in which seeds the gate was missed."""
     own, gate = own_rows(chain, results), chain.settings.attacks
     where = {"defense": "none", "task": "zeroshot", "k": "1"}
-    missed = tables.gate_missed(own, gate)
+    failed = _failed(own, gate)
     frame = _by_attack(
         chain,
         {
@@ -51,43 +52,50 @@ def gate_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
             "ASR, no trigger": _column(own, metric="asr", variant="floor=untriggered", **where),
         },
     )
-    frame["gate"] = ["FAILED" if name in missed else "passed" for name in gate.names]
+    frame["gate"] = [failed.get(name, "passed") for name in gate.names]
     return frame
 
 
+def _failed(own: pd.DataFrame, gate: Attacks) -> dict[str, str]:
+    """What each attack missed, e.g. "failed in seed 7 (CA loss 2.38)"."""
+    texts: dict[str, list[str]] = {}
+    for row in tables.gate_failures(own, gate).itertuples():
+        number = f"{tables.label('metric', str(row.metric))} {row.value:.2f}"
+        texts.setdefault(str(row.attack), []).append(f"seed {row.seed} ({number})")
+    return {attack: f"failed in {', '.join(parts)}" for attack, parts in texts.items()}
+
+
 def gate_figure(chain: Chain, results: pd.DataFrame) -> Figure:
-    """ASR and CA of the poisoned models with the gate's lines."""
-    own = own_rows(chain, results)
+    """ASR and CA loss of the poisoned models with the gate's lines."""
+    own, gate = own_rows(chain, results), chain.settings.attacks
+    own = own[own.attack.isin(gate.names)]
     where = {"defense": "none", "task": "zeroshot", "k": "1", "variant": ""}
-    names = list(chain.settings.attacks.names)
-    ca = tables.by_seed(own, "attack", metric="ca", **where)
-    asr = tables.by_seed(own, "attack", metric="asr", attack=names, **where)
-    gate = chain.settings.attacks
+    asr, ca_loss = (tables.by_seed(own, "attack", metric=m, **where) for m in ("asr", "ca_loss"))
     return figures.attack_gate(
-        asr,
-        {name: ca[name] for name in names},
-        float(np.mean(ca["none"])),
-        gate.gate_asr_percent,
-        gate.gate_ca_drop_points,
+        asr, ca_loss, gate.gate_asr_percent, gate.gate_ca_drop_points, _failed(own, gate)
     )
 
 
 def ranking_table(chain: Chain) -> pd.DataFrame:
-    """Per model and seed: the candidates after re-ranking, with mask sizes and increases."""
+    """Per model and seed: the candidates, smallest product first, with its factors: the mask's size
+    and the percentage of images that the largest increase leaves.
+    """
     names, lines = datasets.class_names(chain.settings.data), []
     for attack in (*NULLS, *chain.settings.attacks.names):
         for seed in chain.settings.seeds:
             found = steps.identified(chain, attack, seed).metrics
             gains = largest_increases(chain, attack, seed)
             chosen = [names[i] for i in found["ranking"]]
-            sizes = ["never" if s is None else f"{s:.0f}" for s in found["scores"]]
+            sizes = [math.inf if s is None else s for s in found["scores"]]
+            weighted = [weighted_mask(s, gains[c]) for s, c in zip(sizes, chosen, strict=True)]
             lines.append(
                 {
                     "attack": tables.label("attack", attack),
                     "seed": seed,
                     "candidates": ", ".join(chosen),
-                    "mask L1 at equal ASR": ", ".join(sizes),
+                    "mask L1 at equal ASR": _whole(sizes),
                     "largest increase": ", ".join(f"{gains[c]:+.1f}" for c in chosen),
+                    "score (mask L1 x % that resist)": _whole(weighted),
                     "found": "(null)"
                     if attack in NULLS
                     else "yes"
@@ -96,6 +104,10 @@ def ranking_table(chain: Chain) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(lines)
+
+
+def _whole(values: Sequence[float]) -> str:
+    return ", ".join("never" if value == math.inf else f"{value:.0f}" for value in values)
 
 
 def increase_table(chain: Chain, attack: str, count: int = 20) -> pd.DataFrame:
@@ -143,9 +155,7 @@ def figure5b(chain: Chain, results: pd.DataFrame) -> Figure:
     own = own_rows(chain, results)
     inverted = tables.by_seed(own, "attack", metric="inverted_asr", variant="")
     original = tables.by_seed(own, "attack", metric="asr", paper_item="figure5")
-    null = {name: inverted[name] for name in NULLS}
-    shown = {name: values for name, values in inverted.items() if name not in NULLS}
-    return figures.figure5b(original, shown, null)
+    return figures.figure5b(original, inverted)
 
 
 def figure7(chain: Chain, inverted: bool = True) -> Figure:
@@ -168,7 +178,7 @@ def trigger_example(
     """A triggered evaluation image and the trigger alone.
 
     A patch and an inverted trigger are shown as mask times pattern; any other trigger as what it
-    adds to the image, amplified around mid-gray.
+    changes in this image, amplified around mid-gray.
     """
     if inverted:
         trigger = steps.inverted_trigger(chain, steps.inverted(chain, attack, seed))
@@ -178,8 +188,8 @@ def trigger_example(
     triggered = as_picture(triggers.apply(trigger, image)[0])
     if trigger.kind in ("patch", "mask"):
         return Example(triggered, as_picture(triggers.apply(trigger, torch.zeros_like(image))[0]))
-    added = image_figures.amplify(triggered, as_picture(image[0]))
-    return Example(triggered, added, f"x{image_figures.AMPLIFICATION}")
+    changed = image_figures.amplify(triggered, as_picture(image[0]))
+    return Example(triggered, changed, f"difference x{image_figures.AMPLIFICATION}")
 
 
 def example_images(chain: Chain, part: str = "evaluation") -> Tensor:
@@ -201,9 +211,9 @@ def layer_table(chain: Chain) -> pd.DataFrame:
     lines = []
     for attack in chain.settings.attacks.names:
         for seed in chain.settings.seeds:
-            moved = steps.impacts(chain, attack, seed).metrics["impacts"]
+            moved = steps.layer_impacts(chain, attack, seed)
             critical = steps.critical(chain, attack, seed)
-            neurons = steps.tuned(chain, attack, seed).metrics["neurons"]
+            neurons = steps.in_depth(steps.tuned(chain, attack, seed).metrics["neurons"])
             lines.append(
                 {
                     "attack": tables.label("attack", attack),
@@ -224,8 +234,9 @@ def layer_table(chain: Chain) -> pd.DataFrame:
 def layer_figure(chain: Chain) -> Figure:
     """Layer impacts of the last attack (BadCLIP in the paper's order), first seed."""
     attack, seed = chain.settings.attacks.names[-1], chain.settings.seeds[0]
-    found, critical = steps.impacts(chain, attack, seed), steps.critical(chain, attack, seed)
-    return figures.layer_impact(found.metrics["impacts"], critical.threshold)
+    moved, critical = steps.layer_impacts(chain, attack, seed), steps.critical(chain, attack, seed)
+    title = tables.label("attack", attack)
+    return figures.layer_impact(moved, critical.threshold, critical.layers, title)
 
 
 def tuning_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
@@ -274,11 +285,14 @@ def figure1(chain: Chain, results: pd.DataFrame) -> Figure:
     before, after = (
         tables.by_seed(own, "attack", defense=d, **where) for d in ("none", "invertune")
     )
+    found = datasets.class_names(chain.settings.data)[steps.suspected_target(chain, attack, seed)]
     return image_figures.figure1(
+        attack,
         as_picture(to_pixels(image, chain.device)[0]),
         example.image,
         (seen[0], seen[1]),
         largest_increases(chain, attack, seed),
+        found,
         trigger_example(chain, attack, seed, True).trigger,
         (before, after),
     )

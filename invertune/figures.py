@@ -1,14 +1,14 @@
 """The charts of the paper and of this artifact: data in, a matplotlib Figure out.
 
 One look: sizes fit the paper's columns, colors are safe for color-blind readers, and an attack or a
-defense has the same color and place everywhere. ``Values`` map an attack to one number per seed;
-bars show the mean and whiskers min and max over seeds. Rates are in percent.
+defense has the same color and place everywhere. ``Values`` map an attack (or another name) to one
+number per seed. Rates are in percent.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from invertune.files import write_atomic
 from invertune.results import ATTACKS
@@ -26,18 +27,19 @@ from invertune.tables import label
 COLUMN_IN, PAGE_IN = 3.3, 6.9  # widths of one and of two columns of the paper, in inches
 DPI = 200
 
-# seaborn's "colorblind" palette for attacks, Paul Tol's "muted" for defenses: two families, so that
-# a color never means an attack in one chart and a defense in the next.
+# Attacks: seaborn's "colorblind" palette without its pairs of blues and of oranges, filled up with
+# red and black; defenses: Paul Tol's "muted". A color means an attack or a defense, never both.
 ATTACK_COLORS = {
-    "none": "#949494",
+    "none": "#BBBBBB",
     "clean_finetuned": "#CA9161",
     "badnet": "#0173B2",
     "blended": "#DE8F05",
     "sig": "#029E73",
-    "wanet": "#D55E00",
-    "badencoder": "#CC78BC",
-    "badclip": "#56B4E9",
+    "wanet": "#CC78BC",
+    "badencoder": "#A61C00",
+    "badclip": "#000000",
 }
+ATTACK_MARKERS = dict(zip(ATTACK_COLORS, "|_osD^vX", strict=True))
 DEFENSE_COLORS = {
     "none": "#BBBBBB",
     "ft": "#88CCEE",
@@ -48,6 +50,7 @@ DEFENSE_COLORS = {
 }
 OTHER_COLOR = "#ECE133"  # an attack or defense added later
 MARKED, PLAIN, BEFORE, AFTER = "#D55E00", "#949494", "#BBBBBB", "#332288"
+WHISKERS = "min to max over seeds"
 
 STYLE: Any = {
     **sns.axes_style("ticks"),
@@ -108,6 +111,8 @@ def panels(
     figure, axes = canvas(lines, columns, COLUMN_IN, height_in + line_in * lines, **options)
     for chart in axes.flat[count:]:
         chart.set_axis_off()
+    for chart in axes.flat[max(0, count - 2) : count]:
+        chart.tick_params(labelbottom=True)  # shared, but nothing is below
     return figure, axes
 
 
@@ -117,15 +122,30 @@ def in_order(*groups: Mapping[str, Any]) -> list[str]:
     return sorted(names, key=lambda n: (ATTACKS.index(n) if n in ATTACKS else len(ATTACKS), n))
 
 
+def attack_look(name: str) -> dict[str, Any]:
+    """Color, marker and label of an attack's line."""
+    color, marker = ATTACK_COLORS.get(name, OTHER_COLOR), ATTACK_MARKERS.get(name, "*")
+    return {"color": color, "marker": marker, "markersize": 3, "label": label("attack", name)}
+
+
+def rate_text(value: float) -> str:
+    """One decimal, in four characters at most; only zero is shown as zero."""
+    if abs(value) < 0.05:
+        return "<0.1" if value else "0"
+    return f"{value:.1f}".replace("100.0", "100")
+
+
 @mpl.rc_context(STYLE)
-def figure5a(increases: Mapping[str, float], target: str = "", top: int = 20) -> Figure:
+def figure5a(
+    increases: Mapping[str, float], target: str = "", top: int = 20, title: str = ""
+) -> Figure:
     """Figure 5(a): the ``top`` classes by rise of their share of the predictions, in points.
 
     ``target`` colors one class; the method does not know it, only the caller may.
     """
     figure, axes = canvas(1, 1, COLUMN_IN, 0.9 + 0.125 * min(top, len(increases)))
     increase_bars(axes[0, 0], increases, target, top)
-    axes[0, 0].set_xlabel("Increase of predicted share (percentage points)")
+    axes[0, 0].set(xlabel="Increase of predicted share (percentage points)", title=title)
     return figure
 
 
@@ -141,77 +161,51 @@ def increase_bars(axes: Axes, increases: Mapping[str, float], target: str, top: 
     axes.margins(x=0.15)
 
 
-@mpl.rc_context(STYLE)
-def figure5b(original: Values, inverted: Values, null: Values | None = None) -> Figure:
-    """Figure 5(b): ASR of the original and the inverted triggers, per attack, in percent.
-
-    ``null``: ASR of triggers inverted on models without a backdoor (none, clean_finetuned).
-    """
-    names = in_order(original, inverted)
-    figure, axes = canvas(1, 1, COLUMN_IN, 2.1)
-    bars(axes[0, 0], names, original, -0.2, BEFORE, "original trigger")
-    bars(axes[0, 0], names, inverted, 0.2, AFTER, "inverted trigger")
-    null_lines(axes[0, 0], null or {})
-    percent_axis(axes[0, 0], "ASR (%)")
-    legend_above(figure, axes[0, 0])
-    return figure
-
-
 def bars(
     axes: Axes,
     names: Sequence[str],
-    values: Values,
-    shift: float,
-    color: str | Sequence[str],
-    title: str | None = None,
-    inside: bool = False,
+    groups: Mapping[str, Values],
+    colors: Sequence[str] = (BEFORE, AFTER),
     column: str = "attack",
-    hatch: str = "",
 ) -> None:
-    """Draws one bar per name (mean over seeds), whiskers from min to max when seeds differ.
+    """Draws horizontal bars: for each of ``names``, of a ``column`` of the results, one per group.
 
-    The mean is written on top of its bar, or ``inside`` where lines cross the chart. ``names`` are
-    those of a ``column`` of the results.
+    A bar is the mean over seeds, written at its end; whiskers go from min to max if seeds are
+    several. A group need not have every name.
     """
-    known = [(place, values[name]) for place, name in enumerate(names) if name in values]
-    places = [place + shift for place, _ in known]
-    means = [float(np.mean(v)) for _, v in known]
-    ends = [
-        [m - min(v) for m, (_, v) in zip(means, known, strict=True)],
-        [max(v) - m for m, (_, v) in zip(means, known, strict=True)],
-    ]
-    several = any(len(v) > 1 for _, v in known)
-    drawn = axes.bar(
-        places,
-        means,
-        width=0.38 if shift else 0.7,
-        color=color,
-        label=title,
-        yerr=np.abs(ends) if several else None,
-        error_kw={"elinewidth": 0.7},
-        hatch=hatch,
-    )
-    texts = [f"{mean:.1f}" if mean >= 1 else f"{mean:.2f}" for mean in means]  # 0.02 % is no zero
-    texts = [text.replace("100.0", "100") for text in texts]  # as wide as the others
-    axes.bar_label(drawn, texts, padding=1, fontsize=5, label_type="center" if inside else "edge")
-    axes.set_xticks(range(len(names)), [label(column, name) for name in names], rotation=20)
-
-
-def null_lines(axes: Axes, null: Values) -> None:
-    """A dotted line at each null model's mean: the level that a bar must be told from."""
-    for name in in_order(null):
-        axes.axhline(
-            float(np.mean(null[name])),
-            color=ATTACK_COLORS.get(name, OTHER_COLOR),
-            linestyle=":",
-            linewidth=1.2,
-            label=f"{label('attack', name)}, inverted",
+    several = any(len(v) > 1 for values in groups.values() for v in values.values())
+    height = 0.8 / len(groups)
+    for i, (title, values) in enumerate(groups.items()):
+        known = [place for place, name in enumerate(names) if name in values]
+        found = [values[names[place]] for place in known]
+        means = [float(np.mean(v)) for v in found]
+        ends = [[np.mean(v) - min(v) for v in found], [max(v) - np.mean(v) for v in found]]
+        drawn = axes.barh(
+            [place + (i - (len(groups) - 1) / 2) * height for place in known],
+            means,
+            0.9 * height,
+            color=colors[i],
+            edgecolor=colors[i],  # a bar of length zero is a line
+            linewidth=0.8,
+            label=title,
+            xerr=np.abs(ends) if several else None,
+            ecolor="0.45",  # seen on light and on dark bars
+            error_kw={"elinewidth": 0.8, "label": WHISKERS if i == 0 else "_nolegend_"},
         )
+        halo = [withStroke(linewidth=1.5, foreground="white")]  # where a line crosses the number
+        axes.bar_label(drawn, fmt=rate_text, padding=1, fontsize=5, path_effects=halo)
+    axes.set_yticks(range(len(names)), [label(column, name) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def bar_panels(names: int, groups: int) -> tuple[Figure, np.ndarray]:
+    """Two charts beside each other that share the names of their ``bars``."""
+    return canvas(1, 2, COLUMN_IN, 0.8 + 0.085 * names * (groups + 1), sharey=True)
 
 
 def percent_axis(axes: Axes, title: str) -> None:
-    """A vertical axis from 0 to 100 percent."""
-    axes.set(ylabel=title, ylim=(0, 110), yticks=range(0, 101, 25))
+    """A horizontal axis for 0 to 100 percent, with room to see a bar of 0 and the number of 100."""
+    axes.set(xlabel=title, xlim=(-2, 118), xticks=range(0, 101, 25))
 
 
 def legend_above(figure: Figure, axes: Axes) -> None:
@@ -222,21 +216,42 @@ def legend_above(figure: Figure, axes: Axes) -> None:
 
 
 @mpl.rc_context(STYLE)
+def figure5b(original: Values, inverted: Values) -> Figure:
+    """Figure 5(b): ASR of the original and the inverted triggers, in percent.
+
+    Models without a backdoor have inverted triggers only: the level to tell the others from.
+    """
+    names = in_order(original, inverted)
+    figure, axes = canvas(1, 1, COLUMN_IN, 0.8 + 0.26 * len(names))
+    bars(axes[0, 0], names, {"original trigger": original, "inverted trigger": inverted})
+    percent_axis(axes[0, 0], "ASR (%)")
+    legend_above(figure, axes[0, 0])
+    return figure
+
+
+@mpl.rc_context(STYLE)
 def attack_gate(
-    asr: Values, ca: Values, clean_ca: float, asr_gate: float = 80.0, ca_gate: float = 2.0
+    asr: Values,
+    ca_loss: Values,
+    asr_gate: float = 80.0,
+    ca_gate: float = 2.0,
+    failed: Mapping[str, str] | None = None,
 ) -> Figure:
-    """ASR and CA of the undefended models with the gate: ASR at least, CA loss at most (points)."""
-    names = in_order(asr, ca)
-    figure, axes = canvas(2, 1, COLUMN_IN, 3.4, sharex=True)
-    colors = [ATTACK_COLORS.get(name, OTHER_COLOR) for name in names]
-    gates = {"ASR (%)": (asr, asr_gate), "CA (%)": (ca, clean_ca - ca_gate)}
-    for chart, (title, (values, gate)) in zip(axes[:, 0], gates.items(), strict=True):
-        shown = [color for name, color in zip(names, colors, strict=True) if name in values]
-        bars(chart, names, values, 0, shown, inside=True)
-        chart.axhline(gate, color="black", linestyle="--", linewidth=0.8, label="gate")
-        percent_axis(chart, title)
-    axes[1, 0].axhline(clean_ca, color="black", linewidth=0.6, label="clean model")
-    legend_above(figure, axes[1, 0])
+    """ASR and CA loss of the undefended models with the gate: at least, and at most.
+
+    ``failed`` says of an attack in which seeds it missed the gate, and by what.
+    """
+    names = in_order(asr, ca_loss)
+    figure, axes = bar_panels(len(names), 1)
+    for chart, values, gate in zip(axes[0], (asr, ca_loss), (asr_gate, ca_gate), strict=True):
+        bars(chart, names, {"mean (the number)": values})
+        chart.axvline(gate, color="black", linestyle="--", linewidth=0.8, label="gate")
+    percent_axis(axes[0, 0], f"ASR (%), at least {asr_gate:g}")
+    axes[0, 1].set_xlabel(f"CA loss (points), at most {ca_gate:g}")
+    axes[0, 1].margins(x=0.15)
+    notes = [f"{label('attack', name)} {text}" for name, text in (failed or {}).items()]
+    figure.supxlabel("\n".join(notes), fontsize=STYLE["axes.labelsize"])
+    legend_above(figure, axes[0, 0])
     return figure
 
 
@@ -244,37 +259,30 @@ def attack_gate(
 def before_after(ca: tuple[Values, Values], asr: tuple[Values, Values]) -> Figure:
     """CA and ASR per attack before and after tuning; each argument is (before, after)."""
     names = in_order(*ca, *asr)
-    figure, axes = canvas(2, 1, COLUMN_IN, 3.4, sharex=True)
+    figure, axes = bar_panels(len(names), 2)
     for chart, title, (before, after) in zip(
-        axes[:, 0], ("CA (%)", "ASR (%)"), (ca, asr), strict=True
+        axes[0], ("CA (%)", "ASR (%)"), (ca, asr), strict=True
     ):
-        bars(chart, names, before, -0.2, BEFORE, "before tuning")
-        bars(chart, names, after, 0.2, AFTER, "after tuning")
+        bars(chart, names, {"before tuning": before, "after tuning": after})
         percent_axis(chart, title)
     legend_above(figure, axes[0, 0])
     return figure
 
 
 @mpl.rc_context(STYLE)
-def layer_impact(impact: Mapping[str, float], threshold: float) -> Figure:
-    """Layer impacts (eq. 8, a ratio) in the given order; critical layers are colored."""
+def layer_impact(
+    impact: Mapping[str, float], threshold: float, critical: Collection[str], title: str = ""
+) -> Figure:
+    """Layer impacts (eq. 8, a ratio) in the given order; the critical layers are colored."""
     figure, axes = canvas(1, 1, COLUMN_IN, 0.9 + 0.16 * len(impact))
-    chart, values = axes[0, 0], list(impact.values())
-    chart.barh(
-        range(len(values)),
-        values,
-        height=0.7,
-        color=[MARKED if value > threshold else PLAIN for value in values],
-    )
-    chart.axvline(
-        threshold,
-        color="black",
-        linestyle="--",
-        linewidth=0.8,
-        label=f"mean + std = {threshold:.4f}",
-    )
-    chart.set_yticks(range(len(values)), [label("layer", name) for name in impact])
+    chart, names = axes[0, 0], list(impact)
+    for color, text in ((PLAIN, "other layer"), (MARKED, "critical layer")):
+        places = [i for i, name in enumerate(names) if (name in critical) == (color == MARKED)]
+        chart.barh(places, [impact[names[i]] for i in places], 0.7, color=color, label=text)
+    line = {"color": "black", "linestyle": "--", "linewidth": 0.8}
+    chart.axvline(threshold, label=f"mean + std = {threshold:.4f}", **line)
+    chart.set_yticks(range(len(names)), [label("layer", name) for name in names])
     chart.invert_yaxis()
-    chart.set_xlabel("Layer impact (ratio, eq. 8)")
+    chart.set(xlabel="Layer impact (ratio, eq. 8)", title=title)
     legend_above(figure, chart)
     return figure

@@ -18,10 +18,18 @@ from matplotlib.figure import Figure
 
 from invertune import defenses, reports, steps, tables
 from invertune.chain import Chain, class_list
-from invertune.figures import COLUMN_IN, DEFENSE_COLORS, STYLE, canvas, legend_above
+from invertune.figures import (
+    COLUMN_IN,
+    DEFENSE_COLORS,
+    STYLE,
+    bars,
+    canvas,
+    legend_above,
+    percent_axis,
+)
 from invertune.models import locked_hash
 from invertune.reports import grid, metric_row, shared_columns
-from invertune.results import natural_order, to_frame
+from invertune.results import to_frame
 from invertune.sections import EMBEDDED
 from invertune.settings import other_models
 from invertune.weights import for_any_backbone
@@ -147,14 +155,9 @@ def _found_rows(chain: Chain, attack: str, seed: int) -> Rows:
     found, moved = (step(chain, attack, seed) for step in (steps.identified, steps.impacts))
     base = shared_columns(chain, attack, seed, found.key, task="zeroshot")
     critical = steps.critical(chain, attack, seed).layers
-    last = int(_in_depth(moved.metrics["impacts"])[-1] in critical)
+    last = int([*steps.layer_impacts(chain, attack, seed)][-1] in critical)
     layer = shared_columns(chain, attack, seed, moved.key, variant={"layer": "last"})
     return [*reports.candidate_rows(chain, found, base), metric_row(layer, "layer_selected", last)]
-
-
-def _in_depth(layers: Iterable[str]) -> list[str]:
-    """First to last: the store sorts names as text, which puts block 10 before block 2."""
-    return sorted(layers, key=lambda layer: natural_order("variant", layer))
 
 
 def _item(case: Case, row: dict[str, str]) -> str:
@@ -216,7 +219,7 @@ def _chosen(case: Case, main: Chain, attack: str, seed: int) -> dict[str, Any]:
 def layer_table(case: Case) -> pd.DataFrame:
     """Tables 13-15: impact per layer (mean over seeds), in how many seeds it was critical."""
     models = grid(case.chain)
-    moved = [steps.impacts(case.chain, *model).metrics["impacts"] for model in models]
+    moved = [steps.layer_impacts(case.chain, *model) for model in models]
     critical = [steps.critical(case.chain, *model) for model in models]
     lines = [
         {
@@ -224,7 +227,7 @@ def layer_table(case: Case) -> pd.DataFrame:
             "impact": float(np.mean([impacts[layer] for impacts in moved])),
             "critical": f"{sum(layer in own.layers for own in critical)} of {len(models)}",
         }
-        for layer in _in_depth(moved[0])
+        for layer in moved[0]
     ]
     statistics = ("threshold", "mean", "std")
     lines += [
@@ -236,34 +239,21 @@ def layer_table(case: Case) -> pd.DataFrame:
 
 @mpl.rc_context(STYLE)
 def asr_figure(chain: Chain, results: pd.DataFrame) -> Figure:
-    """ASR of every defense on Table 1's model (where it was run), other targets and backbones.
-
-    Bars are means, whiskers min and max over seeds.
-    """
+    """ASR of every defense on Table 1's model (where it was run), other targets and backbones."""
     first = Case("table1", f"{chain.settings.target}, {chain.settings.backbone}", changed(chain))
     undefended = {"paper_item": first.item, "defense": "none", "metric": "asr"}
     shown = [*([first] if _rate(results, first, **undefended) else []), *shipped(chain)]
     names = ("none", *chain.settings.generalization.defenses)
-    figure, axes = canvas(1, 1, COLUMN_IN, 0.7 + 0.085 * len(shown) * (len(names) + 1))
-    for i, defense in enumerate(names):
+    groups = {}
+    for defense in names:
         where = {"defense": defense, "metric": "asr"}
-        found = [_rate(results, case, paper_item=case.item, **where) for case in shown]
-        values = {place: v for place, v in enumerate(found) if v}
-        means = {place: float(np.mean(v)) for place, v in values.items()}
-        ends = [[means[p] - min(v), max(v) - means[p]] for p, v in values.items()]
-        drawn = axes[0, 0].barh(
-            [place + (i - (len(names) - 1) / 2) * 0.8 / len(names) for place in means],
-            list(means.values()),
-            0.8 / len(names),
-            color=DEFENSE_COLORS[defense],
-            label=tables.label("defense", defense),
-            xerr=np.abs(ends).T if any(len(v) > 1 for v in values.values()) else None,
-            error_kw={"elinewidth": 0.7},
-        )
-        axes[0, 0].bar_label(drawn, fmt="%.1f", fontsize=5, padding=1)
-    attack = tables.label("attack", chain.settings.generalization.attack)
-    axes[0, 0].set(xlabel=f"ASR (%), {attack}", xlim=(0, 110), xticks=range(0, 101, 25))
-    axes[0, 0].set_yticks(range(len(shown)), [case.name for case in shown])
-    axes[0, 0].set_ylim(len(shown) - 0.5, -0.5)
+        found = {case.name: _rate(results, case, paper_item=case.item, **where) for case in shown}
+        groups[tables.label("defense", defense)] = {name: v for name, v in found.items() if v}
+    figure, axes = canvas(1, 1, COLUMN_IN, 0.7 + 0.085 * len(shown) * (len(names) + 1))
+    colors = [DEFENSE_COLORS[defense] for defense in names]
+    bars(axes[0, 0], [case.name for case in shown], groups, colors, column="case")
+    percent_axis(
+        axes[0, 0], f"ASR (%), {tables.label('attack', chain.settings.generalization.attack)}"
+    )
     legend_above(figure, axes[0, 0])
     return figure

@@ -14,8 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from invertune.figures import (
-    AFTER,
-    BEFORE,
     PAGE_IN,
     STYLE,
     Values,
@@ -23,6 +21,7 @@ from invertune.figures import (
     canvas,
     in_order,
     increase_bars,
+    legend_above,
     percent_axis,
 )
 from invertune.tables import label
@@ -40,7 +39,7 @@ class Example:
 
 
 def amplify(triggered: np.ndarray, clean: np.ndarray) -> np.ndarray:
-    """What a trigger adds to an image, eight times as strong, around mid-gray, in [0, 1]."""
+    """What a trigger changes in an image, eight times as strong, around mid-gray, in [0, 1]."""
     return np.clip(0.5 + AMPLIFICATION * (triggered - clean), 0, 1)
 
 
@@ -88,33 +87,32 @@ def _pair(upper: Axes, lower: Axes, example: Example | None) -> None:
 
 @mpl.rc_context(STYLE)
 def figure1(
+    attack: str,
     clean: np.ndarray,
     triggered: np.ndarray,
     predicted: tuple[str, str],
     increases: Mapping[str, float],
+    identified: str,
     inverted: np.ndarray,
     asr: tuple[Values, Values],
 ) -> Figure:
     """Figure 1: the attack, then the three steps, from left to right.
 
     ``predicted``: classes of the clean and of the triggered image; ``increases`` in points;
-    ``inverted``: the inverted trigger as an image; ``asr``: (before, after) tuning, in percent.
+    ``identified``: the class that step 1 found; ``inverted``: the inverted trigger as an image;
+    ``asr``: (before, after) tuning, in percent.
     """
-    figure, axes = canvas(1, 5, PAGE_IN, 1.75, width_ratios=[1, 1, 1.2, 1, 2])
+    figure, axes = canvas(1, 5, PAGE_IN, 1.75, width_ratios=[1, 1, 1.2, 1, 1.6])
     show(axes[0, 0], clean, "Clean image")
-    show(axes[0, 1], triggered, "With trigger")
+    show(axes[0, 1], triggered, f"{label('attack', attack)} trigger")
     for chart, name in zip(axes[0], predicted, strict=False):
         chart.set_xlabel(f"predicted:\n{name}")
-    identified = max(sorted(increases), key=increases.__getitem__)
     increase_bars(axes[0, 2], increases, identified, top=5)
     axes[0, 2].set(title="1 Target", xlabel="Increase (points)")
     show(axes[0, 3], inverted, "2 Inverted trigger")
     before, after = asr
-    names = in_order(before, after)
-    bars(axes[0, 4], names, before, -0.2, BEFORE, "before")
-    bars(axes[0, 4], names, after, 0.2, AFTER, "after")
+    bars(axes[0, 4], in_order(before, after), {"before": before, "after": after})
     percent_axis(axes[0, 4], "ASR (%)")
-    axes[0, 4].set(title="3 Tuning", ylim=(0, 150))  # room for the legend over the bars
-    axes[0, 4].tick_params(axis="x", rotation=45)
-    axes[0, 4].legend(loc="upper center", ncols=2)
+    axes[0, 4].set_title("3 Tuning")
+    legend_above(figure, axes[0, 4])
     return figure

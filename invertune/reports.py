@@ -62,9 +62,14 @@ def record(chain: Chain, rows: Sequence[dict[str, str]]) -> pd.DataFrame:
 
 
 def own_rows(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
-    """The rows of this profile's backbone and target: notebook 06 adds others."""
+    """The rows of this profile's backbone and target: notebook 06 adds others.
+
+    The size of a mask that never reached the ASR floor is infinite.
+    """
     own = chain.settings
-    return results[(results.backbone == own.backbone) & (results.target == own.target)]
+    rows = results[(results.backbone == own.backbone) & (results.target == own.target)]
+    never = (rows.metric == "mask_l1") & (rows.value == full_mask(chain))
+    return rows.assign(value=rows.value.mask(never, np.inf))
 
 
 def mean(results: pd.DataFrame, **where: str | Sequence[str]) -> float:
@@ -299,7 +304,7 @@ def layer_rows(chain: Chain, attack: str, seed: int) -> list[dict[str, str]]:
     base = shared_columns(chain, attack, seed, done.key, paper_item=item)
     statistics = {"mean": critical.mean, "std": critical.std, "threshold": critical.threshold}
     rows = [metric_row(base, f"layer_{name}", value) for name, value in statistics.items()]
-    for layer, impact in done.metrics["impacts"].items():
+    for layer, impact in steps.layer_impacts(chain, attack, seed).items():
         own = {**base, "variant": {"layer": layer}}
         rows.append(metric_row(own, "layer_impact", impact))
         rows.append(metric_row(own, "layer_selected", int(layer in critical.layers)))

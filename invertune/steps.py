@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from invertune.attacks import ATTACKS, Victim
 from invertune.chain import Chain, Model, class_head, pool, pretrained
 from invertune.models import embed_images
 from invertune.perturbations import as_trigger
+from invertune.results import natural_order
 from invertune.sections import NULLS
 from invertune.store import Artifact
 from invertune.target_identification import Increase, identify
@@ -238,7 +240,17 @@ def impacts(chain: Chain, attack: str, seed: int) -> Artifact:
 
 def critical(chain: Chain, attack: str, seed: int) -> Selection:
     """The layers above the paper's threshold (section 3.3), whichever ones step 3 tuned."""
-    return critical_layers(impacts(chain, attack, seed).metrics["impacts"])
+    return critical_layers(layer_impacts(chain, attack, seed))
+
+
+def layer_impacts(chain: Chain, attack: str, seed: int) -> dict[str, float]:
+    """Eq. 8 per layer, first to last."""
+    return in_depth(impacts(chain, attack, seed).metrics["impacts"])
+
+
+def in_depth(found: Mapping[str, Any]) -> dict[str, Any]:
+    """First layer to last: the store sorts names as text, which puts block 10 before block 2."""
+    return {layer: found[layer] for layer in sorted(found, key=partial(natural_order, "layer"))}
 
 
 def tune_model(

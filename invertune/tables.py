@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -43,6 +45,7 @@ LABELS = {
     },
     "metric": {
         "ca": "CA",
+        "ca_loss": "CA loss",
         "asr": "ASR",
         "inverted_asr": "Inverted ASR",
         "mask_l1": "Mask L1",
@@ -74,7 +77,7 @@ BLOCK = re.compile(r"^visual\.(transformer\.resblocks|trunk\.blocks)\.")  # of b
 
 def readable() -> None:
     """Lets notebooks show tables as files have them: two decimals, whole texts, every cell."""
-    pd.set_option("display.precision", 2)
+    pd.set_option("display.float_format", partial(_cell, decimals=2))
     for name in ("max_colwidth", "max_columns", "max_rows"):
         pd.set_option(f"display.{name}", None)
 
@@ -168,7 +171,13 @@ def by_seed(
 
 
 def gate_missed(results: pd.DataFrame, gate: Attacks) -> dict[str, list[str]]:
-    """The attacks that miss the gate on ASR or CA loss, and in which seeds.
+    """The attacks that miss the gate, and in which seeds."""
+    failed = gate_failures(results, gate)
+    return {attack: sorted(set(rows.seed)) for attack, rows in failed.groupby("attack")}
+
+
+def gate_failures(results: pd.DataFrame, gate: Attacks) -> pd.DataFrame:
+    """The rows that miss the gate on ASR or CA loss.
 
     ``results`` are those of one backbone and target.
     """
@@ -176,8 +185,7 @@ def gate_missed(results: pd.DataFrame, gate: Attacks) -> dict[str, list[str]]:
     own = own[(own.k == "1") & (own.variant == "")]
     weak = (own.metric == "asr") & (own.value < gate.gate_asr_percent)
     costly = (own.metric == "ca_loss") & (own.value > gate.gate_ca_drop_points)
-    failed = own[(weak | costly) & own.attack.isin(gate.names)]
-    return {attack: sorted(set(rows.seed)) for attack, rows in failed.groupby("attack")}
+    return own[(weak | costly) & own.attack.isin(gate.names)]
 
 
 def _ordered(names: pd.Series) -> list[str]:
@@ -188,7 +196,7 @@ def write_table(frame: pd.DataFrame, folder: Path, name: str, decimals: int = 2)
     """Writes ``frame`` (without its index) as NAME.csv, NAME.md and NAME.tex (booktabs).
 
     Numbers that are not whole get ``decimals`` decimals; a missing number is empty in CSV and a
-    dash elsewhere. The same frame gives the same bytes.
+    dash elsewhere; an infinite mask never reached its ASR. The same frame gives the same bytes.
     """
     header = [str(column) for column in frame.columns]
     cells = _cells(frame, decimals)
@@ -205,6 +213,8 @@ def _cells(frame: pd.DataFrame, decimals: int) -> list[list[str]]:
 def _cell(value: object, decimals: int) -> str:
     if pd.isna(value):  # type: ignore[call-overload]
         return ""
+    if value == math.inf:
+        return "not reached"
     return f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import QUICK
 
-from invertune import ablation_figures, ablations, steps, triggers
+from invertune import ablation_figures, ablations, steps, tables, triggers
 from invertune.ablation_steps import (
     found_triggers,
     inversions,
@@ -25,6 +25,7 @@ from invertune.evaluation import evaluated
 from invertune.kernels import compose
 from invertune.perturbations import as_trigger, paste
 from invertune.plan import planned
+from invertune.reports import full_mask
 from invertune.results import read_results, to_frame
 from invertune.sections import WEIGHTS
 from invertune.settings import changed, compared, load_settings
@@ -139,14 +140,16 @@ def test_table3_compares_the_triggers_at_every_k(chain: Chain) -> None:
     assert len(ablation_figures.table3_figure(chain, rows).axes) == 2
 
 
-def test_figure6_has_ca_and_asr_on_two_axes(chain: Chain) -> None:
+def test_figure6_has_a_chart_for_each_kind_of_ca_and_for_asr(chain: Chain) -> None:
     rows = to_frame(ablations.tuning_rows(chain, ["blended"], ["beta"], "figure6"))
     table = rows[rows.paper_item == "figure6"]
     assert set(table.variant) == {"beta=0.5", "beta=0"} and set(table.metric) == {"ca", "asr"}
     assert list(ablations.switch_table(chain, rows, "tuning", ["beta"])["own"]) == ["", "yes"]
-    left, right = ablation_figures.figure6(chain, rows).axes
-    assert left.get_ylabel() == "CA (%)" and right.get_ylabel() == "ASR (%)"
-    assert right.get_ylim()[0] == 0 and right.get_ylim()[1] >= 10
+    chosen, last, asr = ablation_figures.figure6(chain, rows).axes
+    titles = [chart.get_title() for chart in (chosen, last, asr)]
+    assert "evaluation" in titles[0] and "that choose" in titles[1] and "ASR" in titles[2]
+    values = list(table[table.metric == "ca"].sort_values("variant").value)
+    assert chosen.lines[0].get_xydata().tolist() == [[0, values[0]], [0.5, values[1]]]
 
 
 def test_a_second_round_starts_from_what_the_first_left(chain: Chain) -> None:
@@ -173,7 +176,20 @@ def test_table2_figure_has_a_panel_per_compared_weight(
 ) -> None:
     figure = ablation_figures.table2_figure(chain, table2_rows)
     assert isinstance(figure, matplotlib.figure.Figure) and len(figure.axes) == 1
-    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [3]
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [3, 0]
+
+
+def test_a_mask_that_never_reached_the_floor_has_no_size(
+    chain: Chain, table2_rows: pd.DataFrame
+) -> None:
+    rows = table2_rows.copy()
+    missed = (rows.metric == "mask_l1") & (rows.variant == "lambda4=0.05")
+    rows.loc[missed, "value"] = full_mask(chain)
+    rows.loc[(rows.metric == "mask_l1") & ~missed, "value"] = 100.0
+    assert tables.frame_markdown(ablations.table2(chain, rows)).count("not reached") == 1
+    line, open_marker, legend = ablation_figures.table2_figure(chain, rows, "mask_l1").axes[0].lines
+    assert len(line.get_xdata()) == 2 and len(open_marker.get_xdata()) == 1
+    assert open_marker.get_fillstyle() == "none" and "not reached" in legend.get_label()
 
 
 def test_perturbation_shares_come_from_step_1(chain: Chain) -> None:

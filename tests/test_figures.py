@@ -18,6 +18,8 @@ from invertune.results import ATTACKS, DEFENSES
 ASR = {"badclip": [98.0, 99.0], "badnet": [87.0, 85.0], "blended": [96.0, 94.0]}
 LOW = {"badclip": [0.5, 0.3], "badnet": [0.02, 0.04], "blended": [0.1, 0.2]}
 CA = {"badclip": [58.0, 58.2], "badnet": [58.5, 58.1], "blended": [55.0, 55.2]}
+LOSS = {"badclip": [1.0, 1.2], "badnet": [0.02, 0.04], "blended": [1.9, 2.1]}
+IMPACTS = {"visual.layer1": 0.1, "visual.layer4": 1.4}
 INCREASES = {"mushroom": 97.23, "agaric": 2.13, "crane": 0.0, "bow": -0.02, "ashcan": 0.0}
 LOG = pd.DataFrame({"step": [0, 20, 40], "align": [6.0, 5.0, 4.0], "inverted_asr": [1, None, 80.0]})
 
@@ -37,17 +39,17 @@ def examples(first: int) -> dict[str, image_figures.Example]:
 
 DRAW = {
     "figure5a": lambda: figures.figure5a(INCREASES, "mushroom"),
-    "figure5b": lambda: figures.figure5b(ASR, LOW, {"none": [20.0]}),
-    "attack_gate": lambda: figures.attack_gate(ASR, CA, 59.8),
+    "figure5b": lambda: figures.figure5b(ASR, {**LOW, "none": [20.0]}),
+    "attack_gate": lambda: figures.attack_gate(ASR, LOSS, failed={"badnet": "failed in seed 7"}),
     "before_after": lambda: figures.before_after((CA, CA), (ASR, LOW)),
-    "layer_impact": lambda: figures.layer_impact({"visual.layer1": 0.1, "visual.layer4": 1.4}, 1.0),
+    "layer_impact": lambda: figures.layer_impact(IMPACTS, 1.5, ["visual.layer4"]),
     "loss_curves": lambda: curve_figures.loss_curves(
         {"badnet": LOG}, curve_figures.INVERSION_CURVES, {"badnet": 40}
     ),
     "figure7": lambda: image_figures.figure7(examples(0), examples(50)),
     "figure7_upper": lambda: image_figures.figure7(examples(0), {}),
     "figure1": lambda: image_figures.figure1(
-        image(1), image(2), ("lemon", "mushroom"), INCREASES, image(3), (ASR, LOW)
+        "sig", image(1), image(2), ("lemon", "crane"), INCREASES, "agaric", image(3), (ASR, LOW)
     ),
 }
 
@@ -85,8 +87,12 @@ def test_nothing_is_cut_off(name):
 
 
 def test_axes_have_units():
-    for name in ("figure5b", "attack_gate", "before_after"):
-        assert all(axes.get_ylabel().endswith("(%)") for axes in DRAW[name]().axes)
+    for name in ("figure5b", "before_after"):
+        assert all(axes.get_xlabel().endswith("(%)") for axes in DRAW[name]().axes)
+    assert [axes.get_xlabel() for axes in DRAW["attack_gate"]().axes] == [
+        "ASR (%), at least 80",
+        "CA loss (points), at most 2",
+    ]
     assert "points" in DRAW["figure5a"]().axes[0].get_xlabel()
     assert "ratio" in DRAW["layer_impact"]().axes[0].get_xlabel()
 
@@ -94,8 +100,8 @@ def test_axes_have_units():
 def test_colors_are_distinct_and_cover_every_name():
     assert set(figures.ATTACK_COLORS) == set(ATTACKS)
     assert set(figures.DEFENSE_COLORS) == set(DEFENSES)
-    for colors in (figures.ATTACK_COLORS, figures.DEFENSE_COLORS):
-        assert len(set(colors.values())) == len(colors)
+    for looks in (figures.ATTACK_COLORS, figures.ATTACK_MARKERS, figures.DEFENSE_COLORS):
+        assert len(set(looks.values())) == len(looks)
 
 
 def test_figure5a_shows_the_largest_increases_in_order():
@@ -114,30 +120,44 @@ def test_figure5a_shows_the_largest_increases_in_order():
 
 
 def test_bars_show_means_in_the_one_order_with_min_and_max():
-    axes = figures.figure5b(ASR, LOW).axes[0]
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["BadNet", "Blended", "BadCLIP"]
-    assert [bar.get_height() for bar in axes.patches[:3]] == [86.0, 95.0, 98.5]
+    axes = figures.figure5b(ASR, {**LOW, "none": [20.0, 22.0]}).axes[0]
+    names = [t.get_text() for t in axes.get_yticklabels()]
+    assert names == ["Clean model", "BadNet", "Blended", "BadCLIP"]
+    places = [round(bar.get_y() + bar.get_height() / 2, 6) for bar in axes.patches]
+    assert places == [0.8, 1.8, 2.8, 0.2, 1.2, 2.2, 3.2]
+    assert [bar.get_width() for bar in axes.patches[:4]] == [86.0, 95.0, 98.5, 21.0]
     whiskers = axes.containers[1].errorbar[2][0].get_segments()
-    assert [list(segment[:, 1]) for segment in whiskers] == [[85, 87], [94, 96], [98, 99]]
-    assert "0.03" in [text.get_text() for text in axes.texts]
+    assert [list(segment[:, 0]) for segment in whiskers] == [[85, 87], [94, 96], [98, 99]]
+    assert "<0.1" in [text.get_text() for text in axes.texts]
+    assert axes.get_legend_handles_labels()[1].count(figures.WHISKERS) == 1
+    alone = figures.figure5b({"badnet": [86.0]}, {"badnet": [1.0]}).axes[0]
+    assert figures.WHISKERS not in alone.get_legend_handles_labels()[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.02, "<0.1"), (-0.02, "<0.1"), (0.05, "0.1"), (99.94, "99.9"), (99.97, "100")],
+)
+def test_only_zero_is_shown_as_zero(value, text):
+    assert figures.rate_text(value) == text
 
 
 def test_gate_lines_stand_at_the_gate():
-    asr, ca = figures.attack_gate(ASR, CA, clean_ca=59.8).axes
-    assert asr.lines[0].get_ydata()[0] == 80 and ca.lines[0].get_ydata()[0] == pytest.approx(57.8)
+    asr, loss = figures.attack_gate(ASR, LOSS).axes
+    assert asr.lines[-1].get_xdata()[0] == 80 and loss.lines[-1].get_xdata()[0] == 2
+    assert DRAW["attack_gate"]().get_supxlabel() == "BadNet failed in seed 7"
 
 
-def test_null_lines_show_the_clean_models():
-    axes = figures.figure5b(ASR, LOW, {"clean_finetuned": [30.0], "none": [20.0, 22.0]}).axes[0]
-    assert [line.get_ydata()[0] for line in axes.lines[-2:]] == [21.0, 30.0]
+def test_critical_layers_are_colored_even_below_the_threshold():
+    bars = {bar.get_y(): bar.get_facecolor() for bar in DRAW["layer_impact"]().axes[0].patches}
+    colors = [mpl.colors.to_hex(bars[place]).upper() for place in sorted(bars)]
+    assert colors == [figures.PLAIN, figures.MARKED]
 
 
-def test_layers_above_the_threshold_are_colored():
-    axes = DRAW["layer_impact"]().axes[0]
-    assert [mpl.colors.to_hex(bar.get_facecolor()).upper() for bar in axes.patches] == [
-        figures.PLAIN,
-        figures.MARKED,
-    ]
+def test_figure1_marks_the_class_that_step_1_found():
+    bars = DRAW["figure1"]().axes[2].patches
+    marked = mpl.colors.to_rgba(figures.MARKED)
+    assert [bar.get_facecolor() == marked for bar in bars] == [False, True, False, False, False]
 
 
 def test_loss_curves_skip_missing_values_and_columns():
@@ -147,11 +167,12 @@ def test_loss_curves_skip_missing_values_and_columns():
     assert len(drawn["$L_{align}$"]) == 1 and len(drawn["$L_{sim}$"]) == 0
 
 
-def test_a_dot_marks_the_kept_step():
+def test_a_circle_marks_the_kept_step():
     panels = curve_figures.loss_curves({"badnet": LOG}, {"align": "loss"}, {"badnet": 20}).axes
-    line, dot = panels[0].lines
+    line, circle, legend = panels[0].lines
     assert list(line.get_ydata()) == [6, 5, 4]
-    assert dot.get_xydata().tolist() == [[20, 5]]
+    assert circle.get_xydata().tolist() == [[20, 5]]
+    assert legend.get_label() == "kept state"
 
 
 def test_amplify_shows_the_difference_eight_times():

@@ -134,3 +134,8 @@ def test_a_head_is_kept_while_the_text_side_stays(chain: Chain) -> None:
         clip.net.positional_embedding.mul_(2)
     assert torch.equal(class_head(chain, clip), zero_shot_head(clip, class_list(chain), templates))
     assert not torch.equal(class_head(chain, clip), head)
+
+
+def test_layers_come_first_to_last() -> None:
+    names = [f"visual.transformer.resblocks.{i}" for i in range(12)]
+    assert list(steps.in_depth(dict.fromkeys(sorted(names), 1.0))) == names

@@ -7,6 +7,8 @@ import math
 import pandas as pd
 import pytest
 
+from invertune import exhibits
+from invertune.chain import open_chain
 from invertune.provenance import REPOSITORY
 from invertune.results import ResultsError, read_results, row, to_frame
 from invertune.settings import load_settings
@@ -17,6 +19,7 @@ from invertune.tables import (
     label,
     latex,
     markdown,
+    readable,
     seed_summary,
     verdict,
     wide,
@@ -52,6 +55,14 @@ def test_gate_missed():
     results = frame(*strong, *costly, weak, aside)
     gate = load_settings("mini").attacks
     assert gate_missed(results, gate) == {"badnet": ["3"], "wanet": ["0"]}
+
+
+def test_the_gate_table_says_which_seed_failed_and_by_what(tmp_path):
+    about = {"metric": "ca_loss", "attack": "wanet", "variant": ""}
+    results = frame({"value": 2.381, "seed": 7, **about}, {"value": 1.4, "seed": 8, **about})
+    chain = open_chain(load_settings("mini", {"seeds": [7, 8]}), tmp_path)
+    shown = exhibits.gate_table(chain, results).set_index("attack").gate
+    assert shown["WaNet"] == "failed in seed 7 (CA loss 2.38)" and shown["BadNet"] == "passed"
 
 
 def test_paper_values():
@@ -173,3 +184,12 @@ def test_write_table(tmp_path):
     assert "50 \\% \\& more & -- & 4 \\\\\n\\bottomrule" in tex
     write_table(shown, tmp_path, "table1")
     assert first == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+
+def test_an_infinite_mask_was_not_reached_in_files_and_notebooks(tmp_path):
+    shown = pd.DataFrame({"weight": [1, 5], "mask L1": [math.inf, 553.444]})
+    write_table(shown, tmp_path, "table2")
+    assert (tmp_path / "table2.csv").read_text() == "weight,mask L1\n1,not reached\n5,553.44\n"
+    with pd.option_context("display.float_format", None):
+        readable()
+        assert "not reached" in shown.to_html() and "553.44" in shown.to_html()
