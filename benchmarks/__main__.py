@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import finetuning, inversion, jobs, loader
 from benchmarks.timing import CLOCKS, Meter, Way, table
-from invertune.models import BACKBONES
+from invertune.sections import BACKBONES
 from invertune.weights import untrained_clip
 
 TASKS = ("loader", "inversion", "finetuning", "evaluation", "jobs")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from invertune import plan
+from invertune.files import printable
 from invertune.sections import OWN_IMAGES
 from invertune.settings import SettingsError, load_settings
 
@@ -50,10 +51,10 @@ def explain(error: Exception) -> str:
     Raises every other error again: it is a bug, and its traceback is wanted.
     """
     if type(error).__module__.startswith("invertune."):
-        return " ".join(str(error).split())
+        return printable(" ".join(str(error).split()))
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror or error}{place}"
+        return printable(f"{error.strerror or error}{place}")
     raise error
 
 
@@ -209,10 +210,9 @@ def _store(options: argparse.Namespace) -> int:
     for artifact in entries:
         name = artifact.key[:8]
         if artifact.key in broken:
-            print(f"{name} is damaged: {broken[artifact.key]}")
+            print(f"{name} is damaged: {printable(broken[artifact.key])}")
         elif options.action == "list":
-            line = "{step:24} seed {seed:<3} {seconds:9.1f} s  {created}"
-            print(f"{name}  {line.format_map(artifact.meta)}")
+            print(f"{name}  {printable(store.SUMMARY.format_map(artifact.meta))}")
     if options.action == "list":
         return 0
     print(f"{len(entries)} artifacts in {root}, {len(broken)} damaged")

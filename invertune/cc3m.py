@@ -17,12 +17,24 @@ from invertune.training import progress
 
 IMAGE_COLUMNS, CAPTION_COLUMNS = ("image", "filepath", "path"), ("caption", "title")
 END_BYTES = 1024
+BROKEN = (  # what tarfile raises for headers that are wrong or hostile
+    tarfile.TarError,
+    EOFError,
+    OSError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+)
 PAIR_PARTS = {"poisoning": (0.0, 0.49), "defense": (0.49, 0.98), "rebound": (0.98, 1.0)}
 
 
 def caption_source(root: Path) -> Path | list[Path]:
     """The shards of CC3M, or its CSV; ``DataError`` for neither, or more than one CSV."""
-    shards, tables = (sorted((root / "cc3m").glob(f"*.{kind}")) for kind in ("tar", "csv"))
+    shards, tables = (
+        sorted(path for path in (root / "cc3m").glob(f"*.{kind}") if path.is_file())
+        for kind in ("tar", "csv")
+    )
     if shards:
         return shards
     if len(tables) != 1:
@@ -69,6 +81,8 @@ def read_shard(path: Path) -> tuple[list[tuple[Sample, str]], bool]:
         with tarfile.open(path, "r:") as shard:
             for member in shard:
                 key, _, suffix = PurePosixPath(member.name).name.partition(".")
+                if member.size < 0:  # the next one would be an earlier one
+                    raise ValueError(f"{member.size} bytes")
                 if not member.isreg() or member.issparse() or member.size > MAX_BYTES:
                     continue
                 if member.offset_data + member.size > length:
@@ -78,7 +92,7 @@ def read_shard(path: Path) -> tuple[list[tuple[Sample, str]], bool]:
                     images[key] = Sample(name, str(path), member.offset_data, member.size)
                 elif suffix == "txt" and (content := shard.extractfile(member)) is not None:
                     texts[key] = one_line(content.read().decode(errors="replace"))
-    except (tarfile.TarError, EOFError):
+    except BROKEN:
         whole = False
     return [(images[key], texts[key]) for key in images if texts.get(key)], whole
 
@@ -101,7 +115,7 @@ def _table_pairs(path: Path, part: tuple[float, float], count: int, seed: int) -
     for _, line, name, text in sorted(rows):
         if len(found) == count:
             break
-        if (path.parent / name).is_file():
+        if os.path.isfile(path.parent / name):
             found.append((line, Sample(name, str(path.parent / name)), text))
         else:
             missing += 1
@@ -119,15 +133,15 @@ def read_table(path: Path) -> list[tuple[str, str]]:
         delimiter = "\t" if "\t" in file.readline() else ","
         file.seek(0)
         table = csv.DictReader(file, delimiter=delimiter)
-        header = table.fieldnames or []
-        image = next((c for c in IMAGE_COLUMNS if c in header), None)
-        caption = next((c for c in CAPTION_COLUMNS if c in header), None)
-        if image is None or caption is None:
-            raise DataError(
-                f"{path} has the columns {', '.join(header) or 'none'}; it needs one of "
-                f"{', '.join(IMAGE_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)}"
-            )
         try:
+            header = table.fieldnames or []
+            image = next((c for c in IMAGE_COLUMNS if c in header), None)
+            caption = next((c for c in CAPTION_COLUMNS if c in header), None)
+            if image is None or caption is None:
+                raise DataError(
+                    f"{path} has the columns {', '.join(header)[:200] or 'none'}; it needs one of "
+                    f"{', '.join(IMAGE_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)}"
+                )
             for row in table:
                 name, text = row[image] or "", one_line(row[caption] or "")
                 pure = PurePosixPath(name)

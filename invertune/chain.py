@@ -239,14 +239,14 @@ def _at_precision(chain: Chain, clip: Clip) -> Clip:
 
 @functools.lru_cache(maxsize=128)
 def _checked_weights(backbone: str, weights: str, device: torch.device, size_px: int) -> str:
-    """SHA-256 of the clean model's weights, which fit the data; else ``ModelError``."""
-    clip, digest = load_clip(backbone, weights, device)
+    """The key of the clean model's weights, which fit the data; else ``ModelError``."""
+    clip, key = load_clip(backbone, weights, device)
     if clip.image_size != size_px:
         raise ModelError(
             f"data.image_size_px = {size_px}, but the {backbone} of weights "
             f"{weights!r} takes images of {clip.image_size} px"
         )
-    return digest
+    return key
 
 
 def pool(chain: Chain, part: str) -> datasets.Labeled:

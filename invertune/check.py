@@ -12,15 +12,8 @@ import torch
 
 from invertune import provenance, real_data, weights
 from invertune.layouts import EXPECTED
-from invertune.models import (
-    BACKBONES,
-    CONFIG,
-    MODEL_FOLDER,
-    WEIGHTS,
-    WEIGHTS_LOCK,
-    ModelError,
-    load_embedded,
-)
+from invertune.models import CONFIG, MODEL_FOLDER, WEIGHTS, WEIGHTS_LOCK, ModelError
+from invertune.sections import BACKBONES, EMBEDDED
 from invertune.settings import load_settings
 from invertune.sprites import ARCHIVE
 from invertune.store import default_root, entries
@@ -55,7 +48,7 @@ def _model(backbone: str) -> str:
     if not (folder / CONFIG).is_file() or not path.is_file():
         return f"MISSING: no {path}"
     try:
-        load_embedded(backbone)
+        weights.load_clip(backbone, EMBEDDED)
     except ModelError as error:
         return f"DAMAGED: {error}"
     return f"found, SHA-256 {provenance.file_hash(path)[:12]}"

@@ -6,7 +6,6 @@ in one line what was refused and why.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 import zipfile
@@ -19,11 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from invertune.models import CONFIG, Clip, ModelError, check_state
+from invertune.models import CONFIG, Clip, ModelError, check_state, read_config
 
 # Versions before 2.10 can be made to run code in spite of weights_only (CVE-2026-24747).
 SAFE_TORCH = (2, 10)
 # Sizes that OpenAI's files keep among the weights, and SigLIP's bias, which nothing here uses.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DESCRIPTION = frozenset({"input_resolution", "context_length", "vocab_size", "logit_bias"})
 
 
@@ -118,13 +118,14 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path} holds a {type(content).__name__}, not a state dict with weights")
     content = {name: value for name, value in content.items() if name not in DESCRIPTION}
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        # Later messages show names as they are.
+        if not isinstance(name, str) or not name.isprintable() or len(name) > 200:
+            raise ModelError(f"{path}: {str(name)[:80]!r} is not a name of a weight")
+        if not isinstance(value, Tensor):
             raise ModelError(
-                f"{path}: {str(name)[:80]!r} is a {type(value).__name__}, not a "
+                f"{path}: {name[:80]!r} is a {type(value).__name__}, not a "
                 "tensor; expected a state dict, bare or as 'state_dict'"
             )
-        if not name.isprintable() or len(name) > 200:  # later messages show names as they are
-            raise ModelError(f"{path}: {name[:80]!r} is not a name of a weight")
     if all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): value for name, value in content.items()}
     return content
@@ -133,7 +134,8 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
 def _weight(name: str, tensor: Tensor, own: Tensor) -> Tensor:
     """``tensor`` in the type of the model's ``own``, which has the same shape already."""
     dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
-    if not dense or tensor.is_quantized or tensor.is_floating_point() != own.is_floating_point():
+    known = tensor.dtype in FLOATS if own.is_floating_point() else not tensor.is_floating_point()
+    if not dense or tensor.is_quantized or not known:
         raise ModelError(
             f"{name} is {tensor.dtype} ({tensor.layout}, {tensor.device.type}), which "
             f"cannot become a dense {own.dtype}"
@@ -152,8 +154,8 @@ def _check_activation(clip: Clip, config: Path) -> None:
     if not config.is_file():
         return
     try:
-        wanted = bool(json.loads(config.read_text())["model_cfg"].get("quick_gelu", False))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        wanted = bool(read_config(config)["model_cfg"].get("quick_gelu", False))
+    except (LookupError, TypeError, AttributeError):
         raise ModelError(f"{config} is not a configuration of open_clip") from None
     own = any(isinstance(module, QuickGELU) for module in clip.net.modules())
     if wanted != own:

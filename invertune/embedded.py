@@ -19,17 +19,11 @@ import yaml
 from invertune import data as datasets
 from invertune.chain import Chain, open_chain, train_clean
 from invertune.evaluation import utility
-from invertune.models import (
-    MODEL_FOLDER,
-    WEIGHTS,
-    Clip,
-    build_clip,
-    load_embedded,
-    record_hash,
-    save_weights,
-)
+from invertune.models import MODEL_FOLDER, WEIGHTS, Clip, build_clip, record_hash, save_weights
 from invertune.provenance import commit, file_hash, versions
+from invertune.sections import EMBEDDED
 from invertune.settings import load_settings
+from invertune.weights import load_clip
 
 
 def pretrain_embedded(
@@ -64,7 +58,7 @@ def publish_weights(chain: Chain, clip: Clip, folder: Path, hours: str, command:
     full = utility(chain, clip)
     save_weights(clip, folder / WEIGHTS, torch.float16)
     record_hash(clip.backbone, file_hash(folder / WEIGHTS))
-    stored = load_embedded(clip.backbone, chain.device)
+    stored, _ = load_clip(clip.backbone, EMBEDDED, chain.device)
     half = utility(chain, replace(stored, precision=clip.precision))
     parameters = sum(p.numel() for p in clip.net.parameters())
     lines = [

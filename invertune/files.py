@@ -1,4 +1,7 @@
-"""Files on which several processes work: replaced whole, by one writer at a time; full disks."""
+"""Files on which several processes work: replaced whole, by one writer at a time; full disks.
+
+And names that strangers gave, shown in messages.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 FULL = ("No space left", "quota exceeded")  # in the message of an error for a full disk
 
@@ -28,9 +32,19 @@ def write_atomic(path: Path, content: bytes) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Holds a lock beside ``path``: read, merge and replace must not interleave between jobs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{path.name}.lock").open("w") as lock:
+    with open_lock(path.parent / f".{path.name}.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def open_lock(path: Path) -> TextIO:
+    """Opens a lock, new or old, and leaves what it holds; ``OSError`` where it is a link."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes for what a terminal would obey or cannot show."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def sync(path: Path) -> None:

@@ -20,12 +20,14 @@ from typing import Any
 import open_clip
 
 from invertune.decoding import Sample
+from invertune.files import printable
 
 ROOT = "INVERTUNE_DATA"
 CAPTIONS = "coco/annotations/captions_val2017.json"
 WORDNET_FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTIONS_PER_IMAGE = 5
+CAPTION_LETTERS = 2000  # what is longer has more tokens than any CLIP reads
 SHARE = 0.9  # of the wanted images that must be there
 TRAIN_PARTS = {"inversion": (0.0, 0.7), "heldout": (0.7, 0.9), "references": (0.9, 1.0)}
 EXPECTED = {
@@ -95,7 +97,9 @@ def image_files(folder: Path) -> list[tuple[str, int]]:
     """Names and sizes of the images directly in ``folder``, sorted; ``DataError`` for none."""
     with os.scandir(folder) as entries:
         found = sorted(
-            (e.name, e.stat().st_size) for e in entries if e.name.lower().endswith(SUFFIXES)
+            (e.name, e.stat().st_size)
+            for e in entries
+            if e.name.lower().endswith(SUFFIXES) and e.is_file()
         )
     if not found:
         name = next((name for name in reversed(folder.parts) if name in EXPECTED), "")
@@ -105,13 +109,13 @@ def image_files(folder: Path) -> list[tuple[str, int]]:
 
 def place(seed: int, name: str) -> float:
     """Where in [0, 1) a sample stands in the random order of ``seed``."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def one_line(text: str) -> str:
-    """A caption without line breaks, tabs and double spaces."""
-    return " ".join(text.split())
+    """A caption of at most 2,000 letters, without line breaks, tabs and double spaces."""
+    return " ".join(text[:CAPTION_LETTERS].encode(errors="replace").decode().split())
 
 
 @functools.lru_cache(maxsize=1)
@@ -152,7 +156,9 @@ def own_classes(folder: Path) -> tuple[tuple[str, Path], ...]:
     if len(held) < 2:
         raise DataError(f"{folder} holds {len(held)} class folders; expected: {OWN_LAYOUT}")
     known = dict(zip(wordnet_ids(), open_clip.IMAGENET_CLASSNAMES, strict=True))
-    return tuple((known.get(name, name.replace("_", " ")), folder / name) for name in held)
+    return tuple(
+        (known.get(name, printable(name.replace("_", " "))), folder / name) for name in held
+    )
 
 
 def image_samples(
@@ -204,7 +210,7 @@ def read_coco(root: Path) -> tuple[list[str], dict[str, list[str]]]:
         texts: dict[str, list[str]] = {name: [] for name in names.values()}
         for note in sorted(content["annotations"], key=lambda a: int(a["id"])):
             texts[names[int(note["image_id"])]].append(one_line(str(note["caption"])))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} is not a captions file of COCO ({error!r})") from None
     files = {name for name, _ in image_files(root / "coco/val2017")}
     there = [name for name in texts if name in files]  # plain names only: no path leads elsewhere

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,14 +18,12 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from invertune.files import write_atomic
-from invertune.provenance import REPOSITORY, file_hash
-from invertune.sections import BACKBONES
+from invertune.files import locked, write_atomic
+from invertune.provenance import REPOSITORY
 from invertune.transfer import Ahead
 
 MODEL_FOLDER = REPOSITORY / "data" / "mini" / "models"
@@ -32,6 +31,11 @@ WEIGHTS_LOCK = REPOSITORY / "params" / "weights.lock"
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
 MERGES = "merges.txt.gz"
+MAX_CONFIG, MAX_MERGES = 10**6, 2**24  # bytes, of the merges unpacked
+# What a described model may have at most, above the largest of open_clip's own.
+LARGEST = {"layers": 64, "mlp_ratio": 16, "vocab_size": 2**20}
+LARGEST_ELSE = 2048
+LARGEST_GRID = 64  # patches along a side
 
 
 @dataclass(frozen=True)
@@ -64,25 +68,63 @@ class ModelError(ValueError):
 def build_clip(folder: Path, backbone: str, device: torch.device | str = "cpu") -> Clip:
     """Builds the randomly initialized CLIP that ``folder`` describes (an open_clip local-dir).
 
-    Raises ``ModelError`` where there is no such description or nothing can be built from it.
+    Raises ``ModelError`` where there is no such description, nothing can be built from it, or it
+    asks for a model beyond all that are known.
     """
+    config = read_config(folder / CONFIG)
     try:
-        config = json.loads((folder / CONFIG).read_text())
         model, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
+        _check_size(model)
         options: dict[str, Any] = {}
         merges = (folder / MERGES).resolve()
         if set(model["text_cfg"].get("tokenizer_kwargs", {})) - {"clean"}:
             raise ModelError("tokenizer_kwargs may hold clean only")
         if "hf_tokenizer_name" in model["text_cfg"]:
             options = {"trust_remote_code": False}
-        elif merges.exists():
+        elif merges.is_file():
+            with gzip.open(merges) as file:
+                if len(file.read(MAX_MERGES + 1)) > MAX_MERGES:
+                    raise ModelError(f"{MERGES} has more than {MAX_MERGES:,} bytes unpacked")
             options = {"bpe_path": str(merges)}
         tokenizer = load_tokenizer(f"local-dir:{folder}", **options)
         return assemble(backbone, model, preprocess, tokenizer, device)
-    except FileNotFoundError as error:
-        raise ModelError(f"not found: {error.filename or error} (an open_clip local-dir)") from None
     except Exception as error:  # a foreign description can be wrong in many ways
         raise ModelError(f"no CLIP can be built from {folder / CONFIG}: {error}") from error
+
+
+def read_config(path: Path) -> Any:
+    """What a file with open_clip's configuration holds; ``ModelError`` where it cannot be one."""
+    if not path.is_file():
+        raise ModelError(f"not found: {path} (an open_clip local-dir)")
+    if path.stat().st_size > MAX_CONFIG:
+        raise ModelError(f"{path} is no configuration of open_clip: above {MAX_CONFIG:,} bytes")
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        raise ModelError(f"{path} is not a configuration of open_clip") from None
+
+
+def _check_size(model: Any) -> None:
+    """Raises ``ModelError`` for a ``model_cfg`` with a number beyond the ``LARGEST``."""
+    _check_numbers(model, "model_cfg")
+    vision = model["vision_cfg"]
+    size, patch = vision.get("image_size", 224), vision.get("patch_size", 16)
+    if size > LARGEST_GRID * patch:
+        raise ModelError(
+            f"image_size = {size}, patch_size {patch}: at most {LARGEST_GRID} patches a side"
+        )
+
+
+def _check_numbers(value: Any, key: str) -> None:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_numbers(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_numbers(inner, key)
+    elif isinstance(value, int | float) and not abs(value) <= LARGEST.get(key, LARGEST_ELSE):
+        limit = LARGEST.get(key, LARGEST_ELSE)
+        raise ModelError(f"{key[:80]!r} = {value:.6g}, but at most {limit:,} is taken")
 
 
 def load_tokenizer(source: str, **options: Any) -> Any:
@@ -121,31 +163,17 @@ def assemble(
     net.logit_bias = None  # SigLIP's moves all logits alike: nothing here depends on it
     usual = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     mean, std = (
-        torch.tensor(preprocess.get(key, values), device=device).view(1, 3, 1, 1)
+        torch.tensor(preprocess.get(key, values), dtype=torch.float32, device=device).view(
+            1, 3, 1, 1
+        )
         for key, values in usual.items()
     )
+    if not (mean.isfinite() & std.isfinite() & (std > 0)).all():
+        given = {key: preprocess.get(key, values) for key, values in usual.items()}
+        raise ModelError(f"{given}: mean and std must be finite, and std above 0")
     net = net.eval().to(device, memory_format=torch.channels_last)
     size = int(config["vision_cfg"].get("image_size", 224))
     return Clip(backbone, net, tokenizer, mean, std, size)
-
-
-def load_embedded(
-    backbone: str, device: torch.device | str = "cpu", models: Path = MODEL_FOLDER
-) -> Clip:
-    """Loads one of the shipped CLIPs, in float32 and eval mode.
-
-    Raises ``ModelError`` for an unknown backbone and for missing or damaged weights.
-    """
-    if backbone not in BACKBONES:
-        raise ModelError(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}")
-    clip, path = build_clip(models / backbone, backbone, device), models / backbone / WEIGHTS
-    load_weights(clip, path)
-    if locked_hash(backbone) != file_hash(path):
-        raise ModelError(
-            f"{path} is not the file recorded in {WEIGHTS_LOCK.name} (its SHA-256 differs); "
-            "restore it with: git checkout data/mini/models"
-        )
-    return clip
 
 
 def locked_hash(name: str) -> str | None:
@@ -155,22 +183,9 @@ def locked_hash(name: str) -> str | None:
 
 def record_hash(name: str, digest: str) -> None:
     """Records the SHA-256 of a file that was just written or downloaded."""
-    locked = json.loads(WEIGHTS_LOCK.read_text()) | {name: digest}
-    write_atomic(WEIGHTS_LOCK, (json.dumps(locked, indent=2, sort_keys=True) + "\n").encode())
-
-
-def load_weights(clip: Clip, path: Path) -> None:
-    """Reads safetensors weights into ``clip``; names the first tensor that does not fit."""
-    try:
-        state = load_file(path)
-    except FileNotFoundError:
-        raise ModelError(
-            f"weights not found: {path}; this makes them: "
-            f"python -m invertune pretrain {clip.backbone}"
-        ) from None
-    except SafetensorError as error:
-        raise ModelError(f"{path} is not a readable safetensors file ({error})") from None
-    set_state(clip, state, str(path))
+    with locked(WEIGHTS_LOCK):
+        known = json.loads(WEIGHTS_LOCK.read_text()) | {name: digest}
+        write_atomic(WEIGHTS_LOCK, (json.dumps(known, indent=2, sort_keys=True) + "\n").encode())
 
 
 def set_state(clip: Clip, state: dict[str, Tensor], source: str = "weights") -> None:

@@ -81,20 +81,23 @@ def mapping_of(text: str | None) -> dict[str, Any]:
     """The nested settings that the value of ``--overrides`` writes as YAML (``SettingsError``)."""
     try:
         overrides = yaml.safe_load(text or "{}")
-    except yaml.YAMLError as error:
-        raise SettingsError(f"--overrides is not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SettingsError(f"--overrides is not YAML: {reason}") from None
     if not isinstance(overrides, dict):
         raise SettingsError(
-            f"--overrides {text!r} is no mapping; write for example '{{inversion: {{steps: 50}}}}'"
+            f"--overrides {str(text)[:200]!r} is no mapping; "
+            "write for example '{inversion: {steps: 50}}'"
         )
     return overrides
 
 
 def _seeds(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+    whole = all(part.isdecimal() and len(part) < 19 for part in parts)  # below 2**63
+    if not whole or len(set(parts)) < len(parts):
         raise SettingsError(
-            f"--seeds {text!r} is no list of different whole numbers; write for example 1,2,3"
+            f"--seeds {text[:200]!r} is no list of different whole numbers; write for example 1,2,3"
         )
     return [int(part) for part in parts]
 

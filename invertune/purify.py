@@ -20,17 +20,16 @@ from invertune import data as datasets
 from invertune import exhibits, figures, image_figures, reports, steps, tables
 from invertune.ablation_steps import second_round
 from invertune.chain import Chain, open_chain, pretrained
-from invertune.models import MERGES, WEIGHTS, save_weights, to_pixels
+from invertune.models import WEIGHTS, save_weights, to_pixels
 from invertune.provenance import REPOSITORY
 from invertune.real_data import fitted
 from invertune.results import read_results
 from invertune.sections import NULLS, PICTOGRAMS, Settings
 from invertune.store import Artifact
 from invertune.target_identification import weighted_mask
-from invertune.weights import local_dir
+from invertune.weights import configuration, local_dir
 
 SUSPECT = "none"  # the model of the profile's ``weights``, as it comes
-CONFIGURATION = (".json", ".txt", ".model")  # of open_clip, and of a tokenizer of transformers
 
 
 class PurifyError(ValueError):
@@ -46,6 +45,8 @@ def purify(settings: Settings, out: Path, rounds: int = 1) -> str:
     user's folder of images (``data.source``) at most the profile's counts are taken.
     Raises ``PurifyError`` where ``out`` is not an empty or new folder.
     """
+    if out.name in ("", "..") or out.is_symlink():
+        raise PurifyError(f"{out} names no folder of its own; name a new one")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PurifyError(f"{out} is there and not an empty folder; name a new one")
     settings = settings.model_copy(update={"data": fitted(settings.data)})
@@ -74,9 +75,8 @@ def _save(chain: Chain, artifact: Artifact, out: Path) -> None:
     own = chain.settings
     save_weights(pretrained(chain).after(artifact, SUSPECT).clip, out / WEIGHTS)
     folder = local_dir(own.backbone, own.weights)
-    for path in folder.iterdir() if folder else ():
-        if path.is_file() and (path.name == MERGES or path.suffix in CONFIGURATION):
-            shutil.copy(path, out / path.name)
+    for path in configuration(folder) if folder else ():
+        shutil.copy(path, out / path.name)
 
 
 def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Artifact]]) -> str:

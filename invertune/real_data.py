@@ -22,6 +22,7 @@ from torch import Tensor
 from invertune import distributed
 from invertune.cc3m import caption_source, pair_samples
 from invertune.decoding import decode_all, map_images
+from invertune.files import printable
 from invertune.layouts import (
     CAPTIONS,
     EXPECTED,
@@ -42,7 +43,7 @@ from invertune.layouts import (
 from invertune.metrics import word_matches
 from invertune.provenance import file_hash
 from invertune.sections import OWN_IMAGES, Data, Settings
-from invertune.store import Artifact, Tensors, Values, obtain
+from invertune.store import Artifact, Tensors, Values, no_link, obtain
 
 VERSION = 1  # raise where other images or other pixels come out
 IMAGES = ".images"
@@ -101,7 +102,7 @@ def fingerprint(root: Path, own: bool = False) -> str:
     digest = hashlib.sha256()
     lines = _class_files(folder for _, folder in own_classes(root)) if own else _inventory(root)
     for line in lines:
-        digest.update(f"{line}\n".encode())
+        digest.update(f"{line}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -269,7 +270,7 @@ def _decoded(
     chosen: Chosen, name: str, count: int, size_px: int, store: Path, work: Path
 ) -> tuple[Tensors, Values]:
     """Decodes the samples into the store's file for the key that ``work`` is named by."""
-    file = store / IMAGES / f"{work.name}.u8"
+    file = no_link(store / IMAGES / f"{work.name}.u8")
     _require(name, len(chosen.samples), count, chosen.notes)
     needed = len(chosen.samples) * 3 * size_px**2
     held = file.stat().st_blocks * 512 if file.is_file() else 0
@@ -285,7 +286,8 @@ def _decoded(
         first = chosen.samples[lost[0]].name
         notes = (*notes, f"images that cannot be read: {len(lost):,}, the first is {first}")
     _require(name, len(order), count, notes)
-    print("; ".join((f"{name}: {len(order):,} of {count:,} images found", *notes)), flush=True)
+    found = f"{name}: {len(order):,} of {count:,} images found"
+    print(printable("; ".join((found, *notes))), flush=True)
     labels = torch.tensor([chosen.labels[i] for i in order if chosen.labels], dtype=torch.long)
     return {"labels": {"labels": labels}}, {
         "captions": [chosen.captions[i] for i in order if chosen.captions],

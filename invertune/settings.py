@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,16 @@ def load_settings(
 
     Raises ``SettingsError`` naming the unknown profile or key, or the bad value and its range.
     """
+    if not re.fullmatch("[a-z0-9_]+", profile):
+        raise SettingsError(f"profile {profile[:200]!r}: its name may hold a-z, 0-9 and _ only")
     path = params / f"{profile}.yml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in params.glob("*.yml")))
-        raise SettingsError(f"unknown profile {profile!r}; choose one of {known}")
+        raise SettingsError(f"unknown profile {profile[:200]!r}; choose one of {known}")
     values = yaml.safe_load(path.read_text())
     merged = _merge(values, overrides or {}, "")
     try:
-        return Settings.model_validate({"profile": profile, **merged})
+        return Settings.model_validate({**merged, "profile": profile})
     except ValidationError as error:
         raise SettingsError(_explain(error)) from None
 
@@ -42,8 +45,8 @@ def _merge(values: dict[str, Any], overrides: Mapping[str, Any], prefix: str) ->
     merged = dict(values)
     for key, value in overrides.items():
         if key not in values:
-            known = ", ".join(values)
-            raise SettingsError(f"unknown key {prefix + key!r}; the keys here are: {known}")
+            known, unknown = ", ".join(values), f"{prefix}{key}"[:200]
+            raise SettingsError(f"unknown key {unknown!r}; the keys here are: {known}")
         nested = isinstance(values[key], dict) and isinstance(value, Mapping)
         merged[key] = _merge(values[key], value, f"{prefix}{key}.") if nested else value
     return merged
@@ -55,7 +58,7 @@ def _explain(error: ValidationError) -> str:
     message = first["msg"][0].lower() + first["msg"][1:]
     if first["type"] in ("missing", "extra_forbidden"):
         return f"{where}: {message}"
-    return f"{where} = {first['input']!r}: {message}"
+    return f"{where} = {repr(first['input'])[:200]}: {message}"
 
 
 def suspects(

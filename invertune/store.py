@@ -27,10 +27,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from invertune import distributed, provenance
-from invertune.files import full_disk, sync
+from invertune.files import full_disk, open_lock, printable, sync
 
 METRICS, META = "metrics.json", "meta.json"
 WORK, PARTIAL, LOCKS, DAMAGED = ".work", ".partial", ".locks", ".damaged"
+SUMMARY = "{step:24} seed {seed:<3} {seconds:9.1f} s  {created}"  # of an entry's META, in a list
 IDENTITY = ("step", "version", "settings", "upstream", "data")  # what a key is the hash of
 
 Values = Mapping[str, Any]  # plain JSON values
@@ -56,11 +57,14 @@ class Artifact:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of ``name.safetensors``, on the CPU; ``StoreError`` where there are none."""
+        path = self.folder / f"{name}.safetensors"
         try:
-            return load_file(self.folder / f"{name}.safetensors")
+            return load_file(path)
         except FileNotFoundError:
             held = ", ".join(sorted(p.stem for p in self.folder.glob("*.safetensors"))) or "none"
             raise StoreError(f"{self.folder} has no tensors {name!r}; it has: {held}") from None
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path} cannot be read ({str(error)[:120]})") from None
 
     def beside(self, kind: str) -> Path:
         """The place of this entry in one of the store's own folders, e.g. WORK."""
@@ -178,9 +182,9 @@ def _found(entry: Artifact) -> bool:
 def _clear(entry: Artifact, name: str) -> None:
     """Under the lock: moves a damaged entry aside, removes what a killed run half wrote."""
     if entry.folder.exists():
-        aside = entry.beside(DAMAGED)
+        aside, problem = entry.beside(DAMAGED), printable(damage(entry.folder) or "")
         print(
-            f"{name} in store ({entry.key[:8]}) is damaged: {damage(entry.folder)}; computed again "
+            f"{name} in store ({entry.key[:8]}) is damaged: {problem}; computed again "
             f"(the damaged one is now {aside})",
             flush=True,
         )
@@ -197,7 +201,7 @@ def _make(entry: Artifact, name: str, compute: Compute, identity: Values, device
         torch.cuda.reset_peak_memory_stats()
     start, needed = time.perf_counter(), 0
     try:
-        work.mkdir(parents=True, exist_ok=True)
+        no_link(work).mkdir(parents=True, exist_ok=True)
         tensors, metrics = compute(work)
         needed = sum(t.numel() * t.element_size() for g in tensors.values() for t in g.values())
         meta = {
@@ -235,6 +239,13 @@ def _write(folder: Path, tensors: Tensors, metrics: Values, meta: Values) -> Non
         sync(path)
 
 
+def no_link(path: Path) -> Path:
+    """``path``, where the store is to write; ``StoreError`` where it is a link to another place."""
+    if path.is_symlink():
+        raise StoreError(f"{path} is a link, which the store does not write through; remove it")
+    return path
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with an entry ("absent" where there is none); None for a sound one."""
     if not folder.is_dir():
@@ -243,13 +254,16 @@ def damage(folder: Path) -> str | None:
         meta = _read_json(folder / META)
         _read_json(folder / METRICS)
         key = artifact_key(*(meta[k] for k in IDENTITY))
-        files = dict(meta["files"])
-    except (StoreError, KeyError, TypeError, ValueError) as error:
+        files = {**meta["files"]}
+        SUMMARY.format_map(meta)
+    except (StoreError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         return f"not whole: {error}"
     if key != folder.name:
         return f"{META} describes another artifact ({key[:8]})"
+    if unlisted := {METRICS, *(p.name for p in folder.glob("*.safetensors"))}.difference(files):
+        return f"{META} does not list {min(unlisted)}"
     for name, digest in files.items():
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             return f"{name} is missing"
         if provenance.file_hash(folder / name) != digest:
             return f"{name} does not have the recorded SHA-256"
@@ -272,7 +286,7 @@ def _locked(entry: Artifact, name: str) -> Iterator[None]:
     path = entry.beside(LOCKS)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = open_lock(path)
     except OSError as error:
         raise StoreError(f"cannot write to the store at {path}: {error.strerror}") from None
     with file:
@@ -280,9 +294,11 @@ def _locked(entry: Artifact, name: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            print(f"{name}: process {file.read().strip()} is computing it; waiting", flush=True)
+            holder = printable(file.read().strip())
+            print(f"{name}: process {holder} is computing it; waiting", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
+        file.seek(0)
+        file.truncate()
         file.write(str(os.getpid()))
         file.flush()
         yield
@@ -291,7 +307,7 @@ def _locked(entry: Artifact, name: str) -> Iterator[None]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise StoreError(f"{path.name} cannot be read ({error})") from None
 
 

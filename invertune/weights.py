@@ -10,6 +10,9 @@ the model's size.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
 from invertune.checkpoints import import_checkpoint
 from invertune.models import (
+    MERGES,
     MODEL_FOLDER,
     WEIGHTS,
     WEIGHTS_LOCK,
@@ -26,43 +30,97 @@ from invertune.models import (
     ModelError,
     assemble,
     build_clip,
-    load_embedded,
+    image_features,
     load_tokenizer,
     locked_hash,
     record_hash,
     set_state,
+    text_features,
 )
 from invertune.provenance import file_hash
 from invertune.sections import EMBEDDED
 
 OPENAI = "openai"
+CONFIGURATION = (".json", ".txt", ".model")  # of open_clip, and of a tokenizer of transformers
 
 
 def load_clip(backbone: str, weights: str, device: torch.device | str = "cpu") -> tuple[Clip, str]:
-    """The CLIP that ``weights`` names, float32 in eval mode, and the SHA-256 of its file.
+    """The CLIP that ``weights`` names, float32 in eval mode, and the key of what it is.
 
-    A hub file may be downloaded; its hash is recorded the first time and must stay the same.
+    The key is the SHA-256 of the weights; where they are not described as the shipped model, or as
+    OpenAI's, it is one of the weights and their description. A hub file may be downloaded; its hash
+    is recorded the first time and must stay the same.
     Raises ``ModelError`` for weights that are unknown, missing, changed, or do not fit.
     """
-    if weights == EMBEDDED:
-        return load_embedded(backbone, device), str(locked_hash(backbone))
     kind, place = _parts(backbone, weights)
     if kind == "tag":
         return _from_hub(backbone, place, device)
-    if kind == "local-dir":
-        clip, path = build_clip(Path(place), backbone, device), Path(place) / WEIGHTS
-    else:
-        clip, path = random_clip(backbone, OPENAI, device), Path(place)
+    if kind == "file":
+        return _read(random_clip(backbone, OPENAI, device), Path(place)), file_hash(Path(place))
+    folder, path = Path(place), Path(place) / WEIGHTS
+    clip, digest = _read(build_clip(folder, backbone, device), path), file_hash(path)
+    if weights == EMBEDDED and digest != locked_hash(backbone):
+        raise ModelError(
+            f"{path} is not the file recorded in {WEIGHTS_LOCK.name} (its SHA-256 differs); "
+            "restore it with: git checkout data/mini/models"
+        )
+    return clip, _key(digest, _hashes(folder), _hashes(MODEL_FOLDER / backbone))
+
+
+def _read(clip: Clip, path: Path) -> Clip:
+    """``clip`` with the weights in ``path``; ``ModelError`` where it then encodes nothing."""
     set_state(clip, import_checkpoint(path, clip), str(path))
-    return clip, file_hash(path)
+    pixels = torch.linspace(0, 1, 3 * clip.image_size**2, device=clip.device)
+    try:
+        with torch.no_grad():
+            image = image_features(clip, pixels.view(1, 3, clip.image_size, clip.image_size))
+            found = (image, text_features(clip, ["a photo"]), clip.net.logit_scale.exp())
+            finite = all(bool(values.isfinite().all()) for values in found)
+    except Exception as error:  # a foreign description can be wrong in many ways
+        raise ModelError(f"{path}: its model encodes no image and text ({error})") from error
+    if not finite:
+        raise ModelError(f"{path}: features or exp(logit_scale) are not finite")
+    return clip
+
+
+def _key(digest: str, own: Any, usual: Any) -> str:
+    """``digest`` of weights that are described as usual; else a hash of it and the description."""
+    if own == usual:
+        return digest
+    return hashlib.sha256(json.dumps([digest, own], sort_keys=True).encode()).hexdigest()
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {path.name: file_hash(path) for path in configuration(folder)}
+
+
+def configuration(folder: Path) -> Iterator[Path]:
+    """The files of a local-dir that say what its weights mean: open_clip's, and the tokenizer's.
+
+    Raises ``ModelError`` for a link that leads out of the folder, as those of the hub's cache to
+    its blobs do not: whoever publishes a copy would publish the file it leads to.
+    """
+    root = folder.resolve()
+    for path in folder.iterdir():
+        if not path.is_file() or (path.name != MERGES and path.suffix not in CONFIGURATION):
+            continue
+        if not any(path.resolve().is_relative_to(p) for p in (root, root.parent.parent / "blobs")):
+            raise ModelError(f"{path} leads out of its folder, to {path.resolve()}; copy it there")
+        yield path
 
 
 def random_clip(backbone: str, weights: str, device: torch.device | str = "cpu") -> Clip:
     """An untrained CLIP for the weights of a tag, with their activation: OpenAI's is QuickGELU."""
+    name, config, pixels = _described(backbone, weights)
+    return assemble(backbone, config, pixels, load_tokenizer(name), device)
+
+
+def _described(backbone: str, weights: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """open_clip's model of a tag, its configuration, and the mean and std of its images."""
     name, described = _tagged(backbone, weights)
     config = open_clip.get_model_config(name)
     config["quick_gelu"] = described.get("quick_gelu", False)
-    return assemble(backbone, config, described, load_tokenizer(name), device)
+    return name, config, {k: described[k] for k in ("mean", "std") if k in described}
 
 
 def untrained_clip(backbone: str, size_px: int, device: torch.device | str = "cpu") -> Clip:
@@ -81,8 +139,6 @@ def for_any_backbone(weights: str) -> bool:
 
 def local_dir(backbone: str, weights: str) -> Path | None:
     """The folder with open_clip's configuration that ``weights`` name; None for a tag or a file."""
-    if weights == EMBEDDED:
-        return MODEL_FOLDER / backbone
     kind, place = _parts(backbone, weights)
     return Path(place) if kind == "local-dir" else None
 
@@ -101,7 +157,9 @@ def state(backbone: str, weights: str) -> str:
 
 
 def _parts(backbone: str, weights: str) -> tuple[str, str]:
-    """("local-dir" or "file", path) or ("tag", tag)."""
+    """("local-dir" or "file", path) or ("tag", tag); a shipped model is a local-dir."""
+    if weights == EMBEDDED:
+        return "local-dir", str(MODEL_FOLDER / backbone)
     named = weights.replace("{backbone}", backbone)
     kind, _, place = named.partition(":")
     return (kind, place) if place and kind in ("local-dir", "file") else ("tag", named)
@@ -130,12 +188,12 @@ def _from_hub(backbone: str, weights: str, device: torch.device | str) -> tuple[
             f"{path} refused: its SHA-256 is {digest}, but {WEIGHTS_LOCK.name} records {recorded} "
             f"for {repository}; to download it again, delete {path.parents[2]}"
         )
-    clip = random_clip(backbone, weights, device)
-    set_state(clip, import_checkpoint(path, clip), str(path))
+    clip = _read(random_clip(backbone, weights, device), path)
     if recorded is None:
         record_hash(repository, digest)
         print(f"{repository}: SHA-256 {digest} recorded in {WEIGHTS_LOCK}", flush=True)
-    return clip, digest
+    own, usual = (_described(backbone, tag)[1:] for tag in (weights, OPENAI))
+    return clip, _key(digest, own, usual)
 
 
 def _repository(described: dict[str, Any], weights: str) -> str:

@@ -27,7 +27,8 @@ from invertune.activations import (
     trainable_rows,
     unit_mask,
 )
-from invertune.models import BACKBONES, Clip, ModelError, clone, image_features
+from invertune.models import Clip, ModelError, clone, image_features
+from invertune.sections import BACKBONES
 
 EXPECTED = Path(__file__).resolve().parent.parent / "expected" / "paper.csv"
 

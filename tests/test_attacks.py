@@ -11,18 +11,19 @@ import torch
 from invertune import attacks, triggers
 from invertune.attacks import ATTACKS, Victim, badclip, badencoder, optimize_patch, poisoned_pairs
 from invertune.data import Pairs
-from invertune.models import clone, image_features, load_embedded
+from invertune.models import clone, image_features
 from invertune.pictograms import Scene, caption_scene, labeled_scene
-from invertune.sections import Attack
+from invertune.sections import EMBEDDED, Attack
 from invertune.settings import load_settings
 from invertune.sprites import load_sprites
 from invertune.training import TrainingError
 from invertune.transfer import Ahead
+from invertune.weights import load_clip
 
 
 @pytest.fixture(scope="module")
 def victim() -> Victim:
-    clip, sprites = load_embedded("RN50"), load_sprites()
+    clip, sprites = load_clip("RN50", EMBEDDED)[0], load_sprites()
     target = sprites.classes.index("mushroom")
     scenes = [caption_scene("poisoning", i, 64, 0, sprites) for i in range(40)]
     shown = [labeled_scene("inversion", target + 210 * i, 64, 0, sprites, False) for i in range(4)]

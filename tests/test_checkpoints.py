@@ -234,6 +234,7 @@ def test_random_damage_ends_in_a_refusal_and_nothing_else(
     path = tmp_path_factory.mktemp("fuzz", numbered=True) / f"w.{suffix}"
     path.write_bytes(content[: int(keep * len(content))])
     net = nn.Linear(2, 2)
+    net.logit_scale = nn.Parameter(torch.zeros(()))
     tiny = Clip("RN50", net, None, torch.zeros(1), torch.ones(1), 1)
     refusal(path, tiny)
 
@@ -245,7 +246,7 @@ def test_missing_files_and_folders(clip: Clip, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
-@pytest.mark.parametrize("change", ["shape", "missing", "extra", "nan", "inf", "integer"])
+@pytest.mark.parametrize("change", ["shape", "missing", "extra", "nan", "inf", "integer", "float8"])
 def test_the_first_mismatch_is_named(
     clip: Clip, weights: dict[str, Tensor], tmp_path: Path, name: str, change: str
 ) -> None:
@@ -255,6 +256,7 @@ def test_the_first_mismatch_is_named(
         "nan": torch.full_like(weights[key], float("nan")),
         "inf": weights[key].double() * 1e300,  # finite in float64 only
         "integer": weights[key].long(),
+        "float8": weights[key].to(torch.float8_e5m2),
     }
     if change == "missing":
         del weights[key]
@@ -273,6 +275,7 @@ def test_the_first_mismatch_is_named(
         "nan": "not finite",
         "inf": "not finite",
         "integer": "int64",
+        "float8": "float8_e5m2",
     }
     assert words[change] in message
 
@@ -290,7 +293,7 @@ def test_another_backbone_is_refused(clip: Clip, tmp_path: Path) -> None:
         ({}, "a dict"),
         (torch.zeros(2), "a Tensor"),
         ({"model": {"a": torch.zeros(1)}}, "'model' is a dict"),
-        ({3: torch.zeros(1)}, "'3'"),
+        ({3: torch.zeros(1)}, "'3' is not a name"),
         ({"a\n\x1b[2J": torch.zeros(1)}, r"'a\n\x1b[2J'"),
         ({"a" * 10_000: torch.zeros(1)}, "not a name"),
     ],
@@ -326,6 +329,7 @@ def test_a_huge_view_of_one_number_is_refused_before_it_is_copied(
         ({"model_cfg": {"quick_gelu": True}}, "says QuickGELU, but this RN50 has GELU"),
         ({"model_cfg": []}, "not a configuration"),
         ([], "not a configuration"),
+        ("x" * 1_000_001, "no configuration of open_clip: above 1,000,000 bytes"),
     ],
 )
 def test_the_activation_beside_the_weights_is_checked(

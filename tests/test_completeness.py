@@ -14,9 +14,9 @@ import yaml
 from PIL import Image
 
 from invertune.claims import load_claims
-from invertune.models import BACKBONES, locked_hash
+from invertune.models import locked_hash
 from invertune.reports import IDENTIFICATION_TABLES, LAYER_TABLES
-from invertune.sections import Settings
+from invertune.sections import BACKBONES, Settings
 from invertune.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]

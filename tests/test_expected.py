@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +15,12 @@ from invertune import ablations, comparison, generalization, passing_claims, rep
 from invertune import chain as chains
 from invertune import data as datasets
 from invertune.evaluation import RECALL_KS
-from invertune.models import load_embedded, locked_hash
+from invertune.models import locked_hash
 from invertune.provenance import REPOSITORY
-from invertune.sections import BACKBONES, INVERSION_SWITCHES, TUNING_SWITCHES, WEIGHTS
+from invertune.sections import BACKBONES, EMBEDDED, INVERSION_SWITCHES, TUNING_SWITCHES, WEIGHTS
 from invertune.settings import compared, load_settings
 from invertune.store import artifact_key
+from invertune.weights import load_clip
 
 PUBLISHED = REPOSITORY / "expected" / "mini.csv"
 LAYER = "visual.layer4"
@@ -93,7 +93,8 @@ def named_keys(
     chain = chains.open_chain(load_settings("mini", {"seeds": seeds}), store)
     names = datasets.class_names(chain.settings.data)
     clean = {
-        b: chains.Model(partial(load_embedded, b), str(locked_hash(b)), None) for b in BACKBONES
+        b: chains.Model(lambda b=b: load_clip(b, EMBEDDED)[0], str(locked_hash(b)), None)
+        for b in BACKBONES
     }
 
     def name_only(_root: Path, step: str, *given: Any, **_others: Any) -> Any:

@@ -20,7 +20,6 @@ from invertune.baselines import BASELINES
 from invertune.data import Pairs
 from invertune.metrics import attack_success_rate, clean_accuracy, predictions, recall_at_k
 from invertune.models import (
-    BACKBONES,
     Clip,
     embed_images,
     embed_texts,
@@ -28,6 +27,7 @@ from invertune.models import (
     to_pixels,
     zero_shot_head,
 )
+from invertune.sections import BACKBONES
 from invertune.settings import load_settings
 from invertune.target_identification import identify
 from invertune.trigger_inversion import InvertedTrigger, Run, initial_trigger, invert_triggers

@@ -1,29 +1,33 @@
 """The shipped CLIP: it loads, knows its classes, encodes any word, and refuses damaged files."""
 
+import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from invertune import data as datasets
+from invertune import models, weights
 from invertune.models import (
     MODEL_FOLDER,
     WEIGHTS,
     ModelError,
     embed_images,
     embed_texts,
-    load_embedded,
     zero_shot_head,
 )
 from invertune.pictograms import labeled_scene
+from invertune.sections import EMBEDDED
 from invertune.settings import load_settings
 from invertune.sprites import load_sprites
+from invertune.weights import load_clip
 
 
 def test_the_shipped_model_names_what_it_sees() -> None:
     data, sprites = load_settings("mini").data, load_sprites()
-    clip = load_embedded("RN50")
+    clip = load_clip("RN50", EMBEDDED)[0]
     scenes = [labeled_scene("heldout", i, 64, data.seed, sprites, False) for i in range(210)]
     images = torch.stack([torch.from_numpy(s.image).permute(2, 0, 1) for s in scenes])
     labels = torch.tensor([s.objects[0] for s in scenes])
@@ -33,7 +37,7 @@ def test_the_shipped_model_names_what_it_sees() -> None:
 
 
 def test_any_word_encodes_to_unit_features() -> None:
-    clip = load_embedded("RN50")
+    clip = load_clip("RN50", EMBEDDED)[0]
     features = embed_texts(clip, ["a photo of a mushroom", "Zwölf 漢字 qwxz!", "", "dog " * 50])
     assert torch.isfinite(features).all()
     assert torch.allclose(features.norm(dim=1), torch.ones(4), atol=1e-5)
@@ -41,22 +45,31 @@ def test_any_word_encodes_to_unit_features() -> None:
     assert tokens.shape == (1, 20) and tokens[0].argmax() == 19  # the end token survives
 
 
-def test_an_unknown_backbone_is_named() -> None:
-    with pytest.raises(ModelError, match="unknown backbone 'RN5'; choose one of RN50, RN101"):
-        load_embedded("RN5")
-
-
-def test_one_flipped_bit_in_the_weights_is_noticed(tmp_path: Path) -> None:
+def test_one_flipped_bit_in_the_weights_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "MODEL_FOLDER", tmp_path)
     shutil.copytree(MODEL_FOLDER / "RN50", tmp_path / "RN50")
     path = tmp_path / "RN50" / WEIGHTS
     content = bytearray(path.read_bytes())
     content[-1000] ^= 1
     path.write_bytes(content)
     with pytest.raises(ModelError, match="its SHA-256 differs"):
-        load_embedded("RN50", models=tmp_path)
+        load_clip("RN50", EMBEDDED)
     path.write_bytes(content[:-5000])
     with pytest.raises(ModelError, match="not a readable safetensors file"):
-        load_embedded("RN50", models=tmp_path)
+        load_clip("RN50", EMBEDDED)
     path.unlink()
-    with pytest.raises(ModelError, match="weights not found"):
-        load_embedded("RN50", models=tmp_path)
+    with pytest.raises(ModelError, match=f"checkpoint not found: {path}"):
+        load_clip("RN50", EMBEDDED)
+
+
+def test_hashes_recorded_at_once_are_all_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "WEIGHTS_LOCK", tmp_path / "weights.lock")
+    models.WEIGHTS_LOCK.write_text("{}")
+    names = [f"model {number}" for number in range(60)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(models.record_hash, names, names))
+    assert json.loads(models.WEIGHTS_LOCK.read_text()) == dict(zip(names, names, strict=True))

@@ -71,7 +71,7 @@ def test_the_command_writes_weights_that_load_and_a_card_that_names_it(tmp_path:
     assert weights.read_bytes() != before
     card = weights.with_name("README.md").read_text()
     assert f"`python {' '.join(command)} '{{data: {{seed: 1}}}}'`" in card
-    run([sys.executable, "-c", "from invertune.models import *; load_embedded('ViT-B-32')"])
+    run([sys.executable, "-c", "from invertune.weights import *; load_clip('ViT-B-32', EMBEDDED)"])
 
 
 def test_there_are_networks_for_two_image_sizes() -> None:

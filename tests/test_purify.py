@@ -83,6 +83,16 @@ def test_known_models_stand_beside_it() -> None:
     assert "known to be clean" in comparison(load_settings("smoke"))
 
 
+@pytest.mark.parametrize("name", [".", "empty/..", "link"])
+def test_a_folder_that_cannot_be_replaced_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(PurifyError, match="name a new one"):
+        purify(load_settings("smoke"), Path(name))
+
+
 def test_unknown_weights_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["purify", "nosuch", "smoke", "--out", str(tmp_path / "out")]) == 2
     assert "nosuch" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -19,6 +19,7 @@ from invertune.data import DataError
 from invertune.decoding import Sample, decode_all, decode_image, map_images
 from invertune.sections import Data
 from invertune.settings import load_settings
+from invertune.store import StoreError
 
 SIZE, COLORS, MUSHROOM = 32, 50, 947
 COUNTS = {
@@ -303,6 +304,85 @@ def test_damage_is_counted_and_skipped(root, tmp_path, capsys) -> None:
     assert "damaged shards: 00001.tar, 00002.tar" in printed
 
 
+def _header(size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A tar header with ``size`` in base 256, where it may be anything."""
+    member = tarfile.TarInfo("0.jpg")
+    member.type = kind
+    header = bytearray(member.tobuf())
+    header[124:136] = (size % 2**96 if size < 0 else 2**95 + size).to_bytes(12, "big")
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+    return bytes(header)
+
+
+def _sparse() -> bytes:
+    record = b"22 GNU.sparse.map=a,b\n"
+    return _header(len(record), tarfile.XHDTYPE) + record.ljust(512, b"\0") + _header(0)
+
+
+HOSTILE = {
+    "before itself": _header(-512),
+    "far away": _header(2**80),
+    "endless name": _header(2**80, tarfile.GNUTYPE_LONGNAME),
+    "huge name": _header(2**62, tarfile.GNUTYPE_LONGNAME),
+    "name of a name": (_header(5, tarfile.GNUTYPE_LONGNAME) + b"x".ljust(512, b"\0")) * 3000,
+    "holes in words": _sparse(),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.timeout(60)
+def test_a_hostile_header_ends_the_shard(tmp_path, kind) -> None:
+    write_shard(tmp_path / "0.tar", range(2))
+    content = (tmp_path / "0.tar").read_bytes().rstrip(b"\0")
+    content = content.ljust(-len(content) % 512 + len(content), b"\0")
+    (tmp_path / "0.tar").write_bytes(content + HOSTILE[kind] + bytes(10240))
+    pairs, whole = cc3m.read_shard(tmp_path / "0.tar")
+    assert not whole and [sample.name for sample, _ in pairs] == ["0/000000000", "0/000000001"]
+
+
+def test_names_that_are_no_text_are_names(root, tmp_path, capsys) -> None:
+    odd = os.fsdecode(b"\xff\x1b[2J")
+    (root / "cc3m").unlink()
+    (root / "cc3m").mkdir()
+    with tarfile.open(root / f"cc3m/{odd}.tar", "w") as shard:
+        for number in range(80):
+            for suffix, content in (("jpg", jpeg(number)[:300]), ("txt", b"x" * 10**5)):
+                member = tarfile.TarInfo(f"{odd}{number}.{suffix}")
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+    assert datasets.manifest(DATA)
+    pairs, whole = cc3m.read_shard(root / f"cc3m/{odd}.tar")
+    assert whole and len(pairs) == 80 and all(len(text) == 2000 for _, text in pairs)
+    with pytest.raises(DataError, match="images found, fewer"):
+        datasets.caption_pairs(DATA, "poisoning", 10, tmp_path / "store")
+    own = own_images(tmp_path / "own", ("cat", odd), 20)
+    assert datasets.class_names(own) == ("cat", r"\udcff\x1b[2J")
+    (tmp_path / "own" / odd / f"{odd}.jpg").write_bytes(b"")
+    found = real_data.labeled(own, "inversion", 28, tmp_path / "store")
+    assert len(found.images) in (27, 28)
+    assert r"\udcff\x1b[2J" in capsys.readouterr().out
+
+
+def test_pipes_count_as_absent(tmp_path) -> None:
+    (tmp_path / "cc3m").mkdir()
+    write_shard(tmp_path / "cc3m/0.tar", range(1))
+    (tmp_path / "cc3m/0.jpg").write_bytes(jpeg(0))
+    for name in ("1.tar", "1.jpg"):
+        os.mkfifo(tmp_path / "cc3m" / name)
+    assert cc3m.caption_source(tmp_path) == [tmp_path / "cc3m/0.tar"]
+    assert [name for name, _ in layouts.image_files(tmp_path / "cc3m")] == ["0.jpg"]
+
+
+def test_pixels_are_written_through_no_link(root, tmp_path) -> None:
+    first = datasets.caption_pairs(DATA, "poisoning", 40, tmp_path / "store")
+    (tmp_path / "mine").write_text("mine")
+    first.file.unlink()
+    first.file.symlink_to(tmp_path / "mine")
+    with pytest.raises(StoreError, match="u8 is a link"):
+        datasets.caption_pairs(DATA, "poisoning", 40, tmp_path / "store")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_too_few_pairs_are_refused(root, tmp_path) -> None:
     with pytest.raises(DataError, match=r"defense: \d\d of 80 images found, fewer than 90%"):
         datasets.caption_pairs(DATA, "defense", 80, tmp_path / "store")
@@ -349,6 +429,16 @@ def _cut_captions(root: Path) -> None:
     (root / "coco/annotations/captions_val2017.json").write_text('{"images": [')
 
 
+def _infinite_captions(root: Path) -> None:
+    _other_year(root)
+    (root / layouts.CAPTIONS).write_text('{"images": [{"id": Infinity, "file_name": ""}]}')
+
+
+def _deep_captions(root: Path) -> None:
+    _other_year(root)
+    (root / layouts.CAPTIONS).write_text("[" * 10**5)
+
+
 def _half_coco(root: Path) -> None:
     (root / "coco").unlink()
     write_coco(root / "coco", 12)
@@ -377,6 +467,8 @@ def _no_pairs(root: Path) -> None:
         (_other_year, "without a file: COCO_val2014_000000000001.jpg. Captions of another year"),
         (_renamed_captions, r"not found: .*captions_val2017.json \(there: captions_val2014.json"),
         (_cut_captions, "is not a captions file of COCO"),
+        (_infinite_captions, "is not a captions file of COCO"),
+        (_deep_captions, "is not a captions file of COCO"),
         (_half_coco, "only 7 images are both in .* half download"),
         (_wordnet_too_deep, r"not found: .*wordnet/data.noun \(expected: .* wordnet-base"),
         (_no_pairs, "cc3m holds no .tar and no .csv; expected: cc3m/00000.tar"),
@@ -395,12 +487,23 @@ def test_a_wrong_layout_is_named_before_any_work(root, break_it, words) -> None:
         ("image,caption\n../../x.jpg,y\n", r"line 2: '../../x.jpg' leads out of"),
         ("image,caption\n/etc/passwd,y\n", "line 2: '/etc/passwd' leads out of"),
         ("", "has the columns none"),
+        ("i" * 200_000 + ",caption\n", "train.csv, line .*: field larger than field limit"),
+        ("image,caption\nx," + "y" * 200_000, "train.csv, line .*: field larger"),
     ],
 )
 def test_a_wrong_table_is_named(tmp_path, text, words) -> None:
     (tmp_path / "train.csv").write_text(text)
     with pytest.raises(DataError, match=words):
         cc3m.read_table(tmp_path / "train.csv")
+
+
+def test_a_path_that_is_too_long_is_missing(root) -> None:
+    (root / "cc3m").unlink()
+    write_table(root / "cc3m", ",", ("image", "caption"), 40)
+    with (root / "cc3m/train.csv").open("a") as file:
+        file.writelines(f",images/{letter * 5000}.jpg,too long\n" for letter in "abcdefgh")
+    chosen = cc3m.pair_samples(root, "poisoning", 40, 0)
+    assert len(chosen.samples) > 10 and "are missing" in chosen.notes[0]
 
 
 def test_the_manifest_follows_files_and_seed_but_not_counts(root) -> None:

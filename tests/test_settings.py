@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from invertune.plan import mapping_of
 from invertune.results import DEVELOPMENT_SEED
 from invertune.sections import Settings
 from invertune.settings import PARAMS, SettingsError, as_yaml, load_settings
@@ -109,6 +110,24 @@ def test_overrides_change_one_value_and_nothing_else():
     assert changed == plain
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{1: 2}", "unknown key '1'; the keys"),
+        ("{attacks: {badnet: {2: 3}}}", "unknown key 'attacks.badnet.2'; the keys"),
+        ("{%s: 1}" % ("k" * 900), f"unknown key '{'k' * 200}'; the keys"),
+        ("{target: [%s]}" % ("x, " * 5000), "target = ['x', "),
+        ("x" * 5000, "is no mapping"),
+        ("[" * 5000, "--overrides is not YAML"),
+        ("{seeds: 2020-99-99}", "--overrides is not YAML: month"),
+    ],
+)
+def test_overrides_that_are_none_are_told_in_few_words(text, words):
+    with pytest.raises(SettingsError) as caught:
+        load_settings("smoke", mapping_of(text))
+    assert words in str(caught.value) and len(str(caught.value)) < 500
+
+
 BAD = {
     "no.such": "unknown key 'no'; the keys here are: seeds, backbone",
     "attacks.badnet.rate": "unknown key 'attacks.badnet.rate'; the keys here are: poison_rate",
@@ -137,6 +156,7 @@ def test_an_unknown_key_is_named_with_the_keys_there_are(path):
         ("inversion.clamp", "none", "'per_channel' or 'scalar'"),
         ("identification.kinds", ["ball"], "'patch_feature'"),
         ("seeds", [-1], "greater than or equal to 0"),
+        ("seeds", [], "at least 1 item"),
         ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
     ],
 )
@@ -145,7 +165,7 @@ def test_a_bad_value_is_named_with_what_would_be_right(path, value, words):
         load_settings("smoke", at(path, value))
     message = str(caught.value)
     assert message.startswith(path) and words in message and "\n" not in message
-    assert repr(value[0] if isinstance(value, list) else value) in message
+    assert repr(value[0] if isinstance(value, list) and value else value) in message
 
 
 @settings(deadline=None)
@@ -161,6 +181,15 @@ def test_no_wrong_type_anywhere_is_more_than_one_clear_line(path, value):
 def test_an_unknown_profile_is_named_with_the_profiles_there_are():
     with pytest.raises(SettingsError, match=r"unknown profile 'mimi'; choose one of mini, paper"):
         load_settings("mimi")
+    for name in ("../params/mini", "Mini", "", "a" * 5000 + "/"):
+        with pytest.raises(SettingsError, match=r"^profile '.{0,200}': its name may hold a-z"):
+            load_settings(name)
+
+
+def test_a_profile_is_named_by_its_file(tmp_path):
+    content = (PARAMS / "smoke.yml").read_text()
+    (tmp_path / "own.yml").write_text(f"profile: mini\n{content}")
+    assert load_settings("own", params=tmp_path).profile == "own"
 
 
 def test_settings_cannot_change_after_they_were_checked():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from invertune.__main__ import explain, main
+from invertune.files import locked
 from invertune.store import (
     StoreError,
     artifact_key,
@@ -131,7 +134,12 @@ def remove(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).unlink()
 
 
+def edited(content: bytes, **changes: object) -> bytes:
+    return json.dumps({**json.loads(content), **changes}).encode()
+
+
 WEIGHTS = "model.safetensors"
+FILES = {WEIGHTS: "", "metrics.json": ""}
 DAMAGES = {
     "truncated": change(WEIGHTS, lambda content: content[:-5]),
     "bit": change(WEIGHTS, lambda content: content[:-1] + bytes([content[-1] ^ 1])),
@@ -141,6 +149,13 @@ DAMAGES = {
     "bad JSON": change("meta.json", lambda _: b"{"),
     "not a dictionary": change("meta.json", lambda _: b"[]"),
     "other settings": change("meta.json", lambda c: c.replace(b'"lr": 1.5', b'"lr": 1.6')),
+    "not listed": change("meta.json", lambda c: edited(c, files={})),
+    "files in a list": change("meta.json", lambda c: edited(c, files=[[1, 2]])),
+    "a long name": change("meta.json", lambda c: edited(c, files={"f" * 5000: "", **FILES})),
+    "no seconds": change("meta.json", lambda c: c.replace(b'"seconds"', b'"minutes"')),
+    "seconds in words": change("meta.json", lambda c: edited(c, seconds="few")),
+    "deep": change("meta.json", lambda _: b"[" * 10**5),
+    "deep settings": change("meta.json", lambda c: c.replace(b"1.5", b"[" * 980 + b"]" * 980)),
     "changed number": change("metrics.json", lambda _: b'{"ca": 99}'),
 }
 
@@ -157,6 +172,50 @@ def test_a_damaged_entry_counts_as_absent_and_is_said_so(tmp_path, capsys, kind)
     assert len(said) == 2 and "damaged" in said[0] and artifact.key[:8] in said[0]
     assert verify(tmp_path) == {} and damage(again.folder) is None
     assert (tmp_path / ".damaged" / artifact.key).is_dir()
+
+
+def test_tensors_that_are_none_are_one_line(tmp_path):
+    artifact, _ = made(tmp_path)
+    (artifact.folder / WEIGHTS).write_bytes(b"<html>")
+    digest = hashlib.sha256(b"<html>").hexdigest()
+    files = artifact.meta["files"] | {WEIGHTS: digest}
+    change("meta.json", lambda c: edited(c, files=files))(artifact.folder)
+    with pytest.raises(StoreError, match=rf"{WEIGHTS} cannot be read"):
+        made(tmp_path)[0].tensors("model")
+
+
+@pytest.mark.parametrize("kind", [".locks", ".work"])
+def test_the_store_writes_through_no_link(tmp_path, kind):
+    key, target = made(tmp_path / "first")[0].key, tmp_path / "target"
+    target.mkdir() if kind == ".work" else target.write_text("mine")
+    (tmp_path / "store" / kind).mkdir(parents=True)
+    (tmp_path / "store" / kind / key).symlink_to(target)
+    with pytest.raises(StoreError, match=rf"{kind}/{key}"):
+        made(tmp_path / "store")
+    assert not any(target.iterdir()) if kind == ".work" else target.read_text() == "mine"
+
+
+def test_a_lock_is_no_link(tmp_path):
+    (tmp_path / "target").write_text("mine")
+    (tmp_path / ".results.csv.lock").symlink_to("target")
+    with pytest.raises(OSError, match="symbolic links"), locked(tmp_path / "results.csv"):
+        pass
+    assert (tmp_path / "target").read_text() == "mine"
+
+
+def test_a_listing_shows_what_a_terminal_would_obey(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("INVERTUNE_STORE", str(tmp_path))
+    artifact, _ = made(tmp_path)
+    change("meta.json", lambda c: edited(c, created="\x1b[2J"))(artifact.folder)
+    assert main(["store", "list"]) == 0
+    change("meta.json", lambda c: edited(c, files=FILES | {"\x1b[2J": ""}))(artifact.folder)
+    change("meta.json", lambda c: edited(c, files={"\x1b]0;": "", **FILES}))(artifact.folder)
+    assert main(["store", "verify"]) == 1
+    made(tmp_path)
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and said.count("\\x1b") == 3
+    assert explain(StoreError("no \x1b[2J\nand\udcff")) == r"no \x1b[2J and\udcff"
+    assert explain(FileNotFoundError(2, "not found", "\x1b")) == r"not found: \x1b"
 
 
 def test_metrics_that_are_no_json_leave_nothing_behind(tmp_path):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from invertune.advclip import nce_loss, topology_gap
-from invertune.models import embed_images, load_embedded, zero_shot_head
+from invertune.models import embed_images, zero_shot_head
 from invertune.perturbations import MAKERS, View, paste, perturb
-from invertune.sections import Identification
+from invertune.sections import EMBEDDED, Identification
 from invertune.settings import load_settings
 from invertune.target_identification import (
     Increase,
@@ -19,6 +19,7 @@ from invertune.target_identification import (
     measure,
     ranked_increases,
 )
+from invertune.weights import load_clip
 
 CLASSES = ("dog", "cat", "car", "mushroom", "bus")
 
@@ -60,7 +61,7 @@ def test_a_perturbation_that_hardly_any_image_resists_outweighs_a_smaller_mask()
 
 def test_the_fourier_wave_is_one_frequency_and_the_strongest_of_all() -> None:
     torch.manual_seed(0)
-    clip, settings = load_embedded("RN50"), _quick().model_copy(update={"wave_cycles": 2})
+    clip, settings = load_clip("RN50", EMBEDDED)[0], _quick().model_copy(update={"wave_cycles": 2})
     images = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8)
     features = embed_images(clip, images)
     wave = MAKERS["fourier"](View(clip, images, features, features), settings, 0)
@@ -96,7 +97,7 @@ def _quick() -> Identification:
 @pytest.mark.parametrize("kind", sorted(MAKERS))
 def test_every_kind_is_bounded_deterministic_and_moves_the_features(kind: str) -> None:
     torch.manual_seed(0)
-    clip, settings = load_embedded("RN50"), _quick()
+    clip, settings = load_clip("RN50", EMBEDDED)[0], _quick()
     images = torch.randint(0, 256, (32, 3, 64, 64), dtype=torch.uint8)
     clean, head = embed_images(clip, images), zero_shot_head(clip, CLASSES, ["a {}"])
     view = View(clip, images, clean, head[(clean @ head.T).argmax(1)])
@@ -113,7 +114,7 @@ def test_every_kind_is_bounded_deterministic_and_moves_the_features(kind: str) -
 
 def test_counts_add_up_and_identify_ranks_the_asked_number() -> None:
     torch.manual_seed(0)
-    clip = load_embedded("RN50")
+    clip = load_clip("RN50", EMBEDDED)[0]
     images = torch.randint(0, 256, (32, 3, 64, 64), dtype=torch.uint8)
     head = zero_shot_head(clip, CLASSES, ["a {}"])
     predicted = (embed_images(clip, images) @ head.T).argmax(1)

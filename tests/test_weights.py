@@ -1,25 +1,45 @@
 """Full-size weights: from a hub cache, a folder or a file; checked, or refused with a reason."""
 
+import functools
+import gzip
 import hashlib
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
 import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from invertune import models, weights
 from invertune.activations import candidate_layers, prefix_to, tail_from, trainable_rows
 from invertune.chain import open_chain, pretrained
-from invertune.models import CONFIG, MODEL_FOLDER, WEIGHTS, ModelError, build_clip, image_features
+from invertune.models import (
+    CONFIG,
+    MERGES,
+    MODEL_FOLDER,
+    WEIGHTS,
+    ModelError,
+    build_clip,
+    image_features,
+)
 from invertune.settings import load_settings
 from invertune.training import Recipe, finetune
 from invertune.weights import for_any_backbone, load_clip, state
 
+CONFIGURATIONS: dict[str, dict[str, object]] = {
+    "std": {"preprocess_cfg.std": [0.3] * 3},
+    "mean": {"preprocess_cfg.mean": [0.4] * 3},
+    "activation": {"model_cfg.quick_gelu": True},
+    "heads": {"model_cfg.text_cfg.heads": 2},
+    "letters": {"model_cfg.text_cfg.tokenizer_kwargs": {"clean": "whitespace"}},
+    "merges": {},
+}
 REPOSITORY, COMMIT = "timm/resnet50_clip.openai", "0" * 40
 
 
@@ -103,6 +123,45 @@ def test_a_folder_or_a_file_gives_the_same_model_and_key() -> None:
         load_clip("RN50", f"file:{MODEL_FOLDER}/RN50/{WEIGHTS}")  # a smaller RN50 than OpenAI's
 
 
+def rewritten(folder: Path, backbone: str = "RN50", **changes: object) -> Path:
+    """A copy of a shipped model with other values in its configuration, by "part.key"."""
+    shutil.copytree(MODEL_FOLDER / backbone, folder)
+    config = json.loads((folder / CONFIG).read_text())
+    for path, value in changes.items():
+        *parts, key = path.split(".")
+        functools.reduce(dict.__getitem__, parts, config)[key] = value
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def test_what_the_weights_mean_is_part_of_the_key(tmp_path: Path) -> None:
+    def key(folder: Path) -> str:
+        return load_clip("RN50", f"local-dir:{folder}")[1]
+
+    shipped, other = rewritten(tmp_path / "same"), {"preprocess_cfg.std": [0.3] * 3}
+    own = {name: rewritten(tmp_path / name, **changes) for name, changes in CONFIGURATIONS.items()}
+    merges = own["merges"] / MERGES
+    merges.write_bytes(gzip.compress(b"\n".join(gzip.decompress(merges.read_bytes()).split(b"\n"))))
+    keys = [key(shipped), *map(key, own.values())]
+    assert keys[0] == models.locked_hash("RN50") and len(set(keys)) == len(keys)
+    assert key(rewritten(tmp_path / "again", **other)) == keys[1]
+
+
+@pytest.mark.parametrize(
+    ("tag", "usual"),
+    [("openai", True), ("laion2b_s34b_b79k", False), ("ViT-B-32-quickgelu/openai", True)],
+)
+def test_a_tag_with_another_activation_has_another_key(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, tag: str, usual: bool
+) -> None:
+    monkeypatch.setattr(weights, "_hub_file", lambda *_: hub)
+    monkeypatch.setattr(weights, "_read", lambda clip, _: clip)
+    monkeypatch.setattr(weights, "random_clip", lambda *_: None)
+    hub.write_bytes(b"weights")
+    key = load_clip("ViT-B-32", tag)[1]
+    assert (key == hashlib.sha256(b"weights").hexdigest()) == usual
+
+
 def test_only_some_weights_name_another_model_for_another_backbone() -> None:
     assert for_any_backbone("openai") and for_any_backbone("local-dir:/models/{backbone}")
     assert not for_any_backbone("ViT-L-14/openai") and not for_any_backbone("local-dir:models")
@@ -165,6 +224,9 @@ def test_a_siglip_model_loads_and_its_layers_are_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ({"layers": 10**9}, "'layers' = 1e[+]09, but at most 64 is taken"),
+        ({"width": 16384}, "'width' = 16384, but at most 2,048"),
+        ({"context_length": 200_000}, "'context_length' = 200000"),
         ({"hf_model_name": "roberta-base"}, "not supported"),
         ({"tokenizer_kwargs": {"trust_remote_code": True}}, "tokenizer_kwargs may hold clean only"),
         ({"width": 65}, "no CLIP can be built from"),
@@ -175,6 +237,88 @@ def test_a_folder_that_asks_for_more_is_refused(
 ) -> None:
     with pytest.raises(ModelError, match=reason):
         load_clip("ViT-B-16", f"local-dir:{siglip(tmp_path, **text)}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_cfg.vision_cfg.layers": [1, 1, 1, 65]}, "'layers' = 65"),
+        ({"model_cfg.vision_cfg.patch_size": 0.5}, "image_size = 64, patch_size 0.5: at most 64"),
+        ({"preprocess_cfg.std": [0.2, 0.2, 0]}, "std above 0"),
+        ({"preprocess_cfg.mean": [0.2, 0.2, float("nan")]}, "must be finite"),
+        ({"preprocess_cfg.mean": [0.2, 0.2]}, "no CLIP can be built from"),
+        ({"model_cfg.vision_cfg.output_tokens": True}, "encodes no image and text"),
+    ],
+)
+def test_a_configuration_of_no_use_is_refused(
+    tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    backbone = "ViT-B-32" if "model_cfg.vision_cfg.output_tokens" in changes else "RN50"
+    folder = rewritten(tmp_path / "own", backbone, **changes)
+    with pytest.raises(ModelError, match=reason):
+        load_clip(backbone, f"local-dir:{folder}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("visual.bn1.running_var", -1.0),
+        ("visual.conv1.weight", 3e38),
+        ("token_embedding.weight", 3e38),
+        ("logit_scale", 100.0),
+    ],
+)
+def test_finite_weights_of_no_use_are_refused(tmp_path: Path, name: str, value: float) -> None:
+    state = load_file(MODEL_FOLDER / "RN50" / WEIGHTS)
+    state[name] = torch.full_like(state[name], value, dtype=torch.float32)
+    save_file(state, rewritten(tmp_path / "own") / WEIGHTS)
+    with pytest.raises(ModelError, match="are not finite"):
+        load_clip("RN50", f"local-dir:{tmp_path}/own")
+
+
+def _bomb(folder: Path) -> None:
+    (folder / MERGES).write_bytes(gzip.compress(bytes(2**24 + 1)))
+
+
+def _pipe(folder: Path) -> None:
+    (folder / CONFIG).unlink()
+    os.mkfifo(folder / CONFIG)
+
+
+def _endless(folder: Path) -> None:
+    (folder / CONFIG).unlink()
+    (folder / CONFIG).symlink_to("/dev/zero")
+
+
+def _secret(folder: Path) -> None:
+    (folder.parent / "id_rsa").write_text("a key")
+    (folder / "vocab.txt").symlink_to("../id_rsa")
+
+
+@pytest.mark.parametrize(
+    ("plant", "reason"),
+    [
+        (_bomb, "more than 16,777,216 bytes unpacked"),
+        (_pipe, f"not found: .*{CONFIG}"),
+        (_endless, f"not found: .*{CONFIG}"),
+        (_secret, "vocab.txt leads out of its folder, to .*id_rsa"),
+    ],
+)
+def test_a_hostile_file_in_a_folder_is_refused(
+    tmp_path: Path, plant: Callable[[Path], None], reason: str
+) -> None:
+    plant(rewritten(tmp_path / "own"))
+    with pytest.raises(ModelError, match=reason):
+        load_clip("RN50", f"local-dir:{tmp_path}/own")
+
+
+def test_a_snapshot_of_the_hub_links_to_its_blobs(tmp_path: Path) -> None:
+    blobs = rewritten(tmp_path / "blobs")
+    snapshot = tmp_path / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert load_clip("RN50", f"local-dir:{snapshot}")[1] == models.locked_hash("RN50")
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
