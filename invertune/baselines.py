@@ -25,18 +25,18 @@ from invertune.sections import Baselines, BaselineTraining, CleanClip, Par
 from invertune.text_augment import augment_captions, known_words, lexicon, sub_captions
 from invertune.training import (
     BatchError,
+    Method,
     Recipe,
+    Terms,
     TrainingError,
     choose_lr,
     contrastive_loss,
+    contrastive_method,
     fit,
     pair_features,
     pair_indices,
 )
 from invertune.transfer import Ahead, Batch
-
-Terms = dict[str, Tensor]
-Method = tuple[Callable[[Tensor, int], Batch], Callable[..., Terms]]  # of rows, step; of a batch
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,7 @@ def schedule(own: BaselineTraining, lr: float, pairs: int, legacy: bool) -> Reci
 
 def ft(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Method:
     """Fine-tuning: the contrastive loss alone (CleanCLIP's code without its second term)."""
-    clip.net.train()
-    tokens = clip.tokenizer(list(pairs.captions))
-
-    def batch_at(rows: Tensor, step: int) -> Batch:
-        own = distributed.share(rows)
-        return pairs.images[own], tokens[own]
-
-    def terms(images: Tensor, words: Tensor) -> Terms:
-        image, text = pair_features(clip, images, words, shared=True)
-        return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
-
-    return batch_at, terms
+    return contrastive_method(clip, pairs.images, pairs.captions)
 
 
 def cleanclip(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Method:

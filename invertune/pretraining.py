@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 
 from invertune.augment import augment
 from invertune.data import Pairs
-from invertune.models import Clip, image_features, to_pixels, token_features
+from invertune.models import Clip, image_features, to_pixels
 from invertune.sections import Pretraining
-from invertune.training import Recipe, contrastive_loss, fit, generator
+from invertune.training import Recipe, contrastive_method, fit, generator
 from invertune.transfer import Ahead, Batch
 
 
@@ -60,20 +61,13 @@ def contrastive(
     clip: Clip, pairs: Pairs, classes: int, recipe: Recipe, seed: int, work: Path
 ) -> list[dict[str, float]]:
     """Contrastive training of both towers on ``pairs``; resumes in ``work``."""
-    tokens = clip.tokenizer(list(pairs.captions))
-    clip.net.train()
-
-    def batch_at(step: int) -> Batch:
-        rows = balanced_indices(pairs.objects[:, 0], classes, seed, step)
-        return pairs.images[rows], tokens[rows]
-
-    batches = Ahead(batch_at, clip.device)
+    batch_at, terms = contrastive_method(clip, pairs.images, pairs.captions)
+    rows = functools.partial(balanced_indices, pairs.objects[:, 0], classes, seed)
+    batches = Ahead(lambda step: batch_at(rows(step), step), clip.device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
         images, words = batches(step)
-        pixels = augment(to_pixels(images, clip.device), seed, step)
-        image, text = image_features(clip, pixels), token_features(clip, words)
-        return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
+        return terms(augment(to_pixels(images, clip.device), seed, step), words)
 
     checkpoint = work / "contrastive.safetensors"
     return fit(clip.net, loss_at, recipe, label="contrastive", checkpoint=checkpoint)

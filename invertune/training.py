@@ -28,6 +28,8 @@ from invertune.models import Clip, image_features, to_pixels, token_features
 from invertune.transfer import Ahead, Batch
 
 MAX_LOGIT_SCALE = math.log(100)
+Terms = dict[str, Tensor]
+Method = tuple[Callable[[Tensor, int], Batch], Callable[..., Terms]]  # of rows, step; of a batch
 SAVES, SAVED_APART = 10, 100  # checkpoints a run; their distance in steps, at least
 
 
@@ -238,6 +240,24 @@ def pair_features(
     return distributed.gather(image, token_features(clip, tokens))
 
 
+def contrastive_method(clip: Clip, images: Tensor, captions: Sequence[str]) -> Method:
+    """The contrastive loss of both towers of ``clip``, in train mode, on pairs: one of the
+    ``captions`` to each of the ``images`` (uint8 [N, 3, H, W]).
+    """
+    tokens = clip.tokenizer(list(captions))
+    clip.net.train()
+
+    def batch_at(rows: Tensor, step: int) -> Batch:
+        own = distributed.share(rows)
+        return images[own], tokens[own]
+
+    def terms(pictures: Tensor, words: Tensor) -> Terms:
+        image, text = pair_features(clip, pictures, words, shared=True)
+        return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
+
+    return batch_at, terms
+
+
 def finetune(
     clip: Clip,
     images: Tensor,
@@ -251,24 +271,15 @@ def finetune(
 ) -> list[dict[str, float]]:
     """Contrastive fine-tuning of both towers of ``clip`` in place; resumes in folder ``work``.
 
-    ``images`` are uint8 [N, 3, H, W], one of the ``captions`` each; ``cycled`` as in
-    ``pair_indices``. Returns the log.
+    Pairs as in ``contrastive_method``, ``cycled`` as in ``pair_indices``. Returns the log.
     """
-    tokens = clip.tokenizer(list(captions))
-    clip.net.train()
-
-    def batch_at(step: int) -> Batch:
-        rows = distributed.share(pair_indices(len(images), batch, seed, step, cycled))
-        return images[rows], tokens[rows]
-
-    batches = Ahead(batch_at, clip.device)
-
-    def loss_at(step: int) -> dict[str, Tensor]:
-        pictures, words = batches(step)
-        image, text = pair_features(clip, pictures, words, shared=True)
-        return {"loss": contrastive_loss(image, text, clip.net.logit_scale)}
-
-    log = fit(clip.net, loss_at, recipe, label=label, checkpoint=work / "finetuning.safetensors")
+    batch_at, terms = contrastive_method(clip, images, captions)
+    batches = Ahead(
+        lambda step: batch_at(pair_indices(len(images), batch, seed, step, cycled), step),
+        clip.device,
+    )
+    path = work / "finetuning.safetensors"
+    log = fit(clip.net, lambda step: terms(*batches(step)), recipe, label=label, checkpoint=path)
     clip.net.eval()
     return log
 
