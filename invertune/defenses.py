@@ -39,14 +39,8 @@ def baseline(chain: Chain, defense: str, attack: str, seed: int) -> Artifact:
             seed,
             work,
         )
-        return {"weights": result.clip.net.state_dict()}, {
-            "lr": result.lr,
-            "qualified": result.qualified,
-            "tried": result.tried,
-            "suspected_accuracy": result.suspected_accuracy,
-            "images_seen": result.images_seen,
-            "log": result.log,
-        }
+        metrics = {k: v for k, v in vars(result).items() if k != "clip"}
+        return {"weights": result.clip.net.state_dict()}, metrics
 
     others = {"names", *BASELINES} - {defense}
     shared = own.model_dump(mode="json", exclude=others)
