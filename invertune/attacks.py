@@ -6,9 +6,11 @@ trains the image tower towards reference images; BadCLIP optimizes its patch fir
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,30 +68,10 @@ class Poisoned:
     log: list[dict[str, float]]
 
 
-def badnet(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
-    """A fixed patch of Gaussian noise in the corner (Gu et al. 2017)."""
-    trigger = triggers.badnet_trigger(victim.clip.image_size, settings.badnet.patch_px, seed)
-    return poison(victim, trigger, settings.badnet, seed, work)
-
-
-def blended(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
-    """A fixed noise image blended into the whole picture (Chen et al. 2017)."""
-    trigger = triggers.blended_trigger(victim.clip.image_size, settings.blended.alpha, seed)
-    return poison(victim, trigger, settings.blended, seed, work)
-
-
-def sig(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
-    """A horizontal sine wave added to every channel (Barni et al. 2019)."""
-    own = settings.sig
-    trigger = triggers.sig_trigger(victim.clip.image_size, own.amplitude, own.cycles)
-    return poison(victim, trigger, own, seed, work)
-
-
-def wanet(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
-    """A small fixed warp (Nguyen and Tran 2021)."""
-    own = settings.wanet
-    trigger = triggers.wanet_trigger(victim.clip.image_size, own.grid_points, own.strength, seed)
-    return poison(victim, trigger, own, seed, work)
+def planted(attack: str, victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
+    """A fixed trigger of ``TRIGGERS``, by poisoned fine-tuning."""
+    own, size = getattr(settings, attack), victim.clip.image_size
+    return poison(victim, TRIGGERS[attack](size, own, seed), own, seed, work)
 
 
 def badclip(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
@@ -254,11 +236,19 @@ def optimize_patch(victim: Victim, settings: BadClip, seed: int) -> Tensor:
     return distributed.from_first(pattern.detach().cpu()).to(clip.device)
 
 
+# A trigger for images of so many px, by the attack's own settings and a seed
+TRIGGERS: Mapping[str, Callable[[int, Any, int], Trigger]] = {
+    # Gu et al. 2017
+    "badnet": lambda px, own, seed: triggers.badnet_trigger(px, own.patch_px, seed),
+    # Chen et al. 2017
+    "blended": lambda px, own, seed: triggers.blended_trigger(px, own.alpha, seed),
+    # Barni et al. 2019
+    "sig": lambda px, own, seed: triggers.sig_trigger(px, own.amplitude, own.cycles),
+    # Nguyen and Tran 2021
+    "wanet": lambda px, own, seed: triggers.wanet_trigger(px, own.grid_points, own.strength, seed),
+}
 ATTACKS: Mapping[str, Callable[[Victim, Attacks, int, Path], Poisoned]] = {
-    "badnet": badnet,
-    "blended": blended,
-    "sig": sig,
-    "wanet": wanet,
+    **{attack: functools.partial(planted, attack) for attack in TRIGGERS},
     "badencoder": badencoder,
     "badclip": badclip,
     "clean_finetuned": clean_finetuned,
