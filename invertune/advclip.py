@@ -6,6 +6,7 @@ suspected model itself predicts. Layer widths follow the patch, which is smaller
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from invertune.models import Clip, image_features, to_pixels
 from invertune.sections import Identification
 from invertune.training import batch_indices, progress
-from invertune.transfer import Ahead, Batch
+from invertune.transfer import with_rows
 
 NOISES, NOISE_DIM = 16, 100
 ALPHA, BETA, GAMMA, DELTA = 10.0, 5.0, 5.0, 1.0  # AdvCLIP's weights
@@ -101,11 +102,8 @@ def generated_patch(
         side = (settings.patch_px, settings.patch_px)
         return F.interpolate(maker(noise), side, mode="bilinear", align_corners=False)[0]
 
-    def batch_at(step: int) -> Batch:
-        rows = batch_indices(len(images), settings.batch, seed, step)
-        return images[rows], rows
-
-    batches = Ahead(batch_at, clip.device)
+    rows_at = functools.partial(batch_indices, len(images), settings.batch, seed)
+    batches = with_rows(images, rows_at, clip.device)
     for step in progress(range(settings.steps), "AdvCLIP generator"):
         pictures, rows = batches(step)
         real = to_pixels(pictures, clip.device)

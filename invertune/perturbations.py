@@ -7,6 +7,7 @@ two more kinds.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from invertune.advclip import generated_patch
 from invertune.models import Clip, image_features, to_pixels
 from invertune.sections import Identification
 from invertune.training import batch_indices, generator, progress
-from invertune.transfer import Ahead, Batch
+from invertune.transfer import with_rows
 from invertune.triggers import Trigger
 
 
@@ -86,12 +87,8 @@ def _move_away(
     device = view.clip.device
     tensor = start.to(device).requires_grad_(True)
     optimizer = torch.optim.Adam([tensor], lr=settings.lr * bounds[1])
-
-    def batch_at(step: int) -> Batch:
-        rows = batch_indices(len(view.images), settings.batch, seed, step)
-        return view.images[rows], rows
-
-    batches = Ahead(batch_at, device)
+    rows_at = functools.partial(batch_indices, len(view.images), settings.batch, seed)
+    batches = with_rows(view.images, rows_at, device)
     for step in progress(range(settings.steps), "universal perturbation"):
         pictures, rows = batches(step)
         features = image_features(view.clip, place(to_pixels(pictures, device), tensor))

@@ -52,3 +52,8 @@ class Ahead:
         return (
             batch if self.gpu is None else tuple(t.pin_memory() if t.is_cpu else t for t in batch)
         )
+
+
+def with_rows(images: Tensor, rows_at: Callable[[int], Tensor], device: torch.device) -> Ahead:
+    """Of each number, the ``images`` at its rows, and these."""
+    return Ahead(lambda n: (images[(rows := rows_at(n)).to(images.device)], rows), device)

@@ -22,7 +22,7 @@ from invertune.metrics import attack_success_rate
 from invertune.models import Clip, embed_images, image_features, to_pixels
 from invertune.sections import Inversion
 from invertune.training import TrainingError, batch_indices, generator, progress
-from invertune.transfer import Ahead
+from invertune.transfer import with_rows
 
 LOG_EVERY = 5
 TERMS = ("align", "emb", "sim", "mask", "loss")
@@ -189,10 +189,7 @@ def _terms_at(
     pool = None
     if images.numel() * 4 <= POOL_LIMIT_BYTES:
         pool = ssim_statistics(_compared(clip, to_pixels(images, clip.device), settings))
-
-    batches = Ahead(
-        lambda step: (images[indices[step].to(images.device)], indices[step]), clip.device
-    )
+    batches = with_rows(images, indices.__getitem__, clip.device)
 
     def at(step: int, mask: Tensor, pattern: Tensor) -> Tensor:
         batch, index = batches(step)

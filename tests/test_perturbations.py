@@ -5,12 +5,11 @@ import functools
 import pytest
 import torch
 
-from invertune import advclip, perturbations
+from invertune import transfer
 from invertune.models import embed_images
 from invertune.perturbations import MAKERS, View
 from invertune.sections import EMBEDDED
 from invertune.settings import load_settings
-from invertune.transfer import Ahead
 from invertune.weights import load_clip
 
 
@@ -23,6 +22,5 @@ def test_a_thread_prepares_the_same_batches(kind: str, monkeypatch: pytest.Monke
     features = embed_images(clip, images)
     view = View(clip, images, features, features.roll(1, 0))
     made = MAKERS[kind](view, settings, 0)
-    for module in (advclip, perturbations):
-        monkeypatch.setattr(module, "Ahead", functools.partial(Ahead, threaded=True))
+    monkeypatch.setattr(transfer, "Ahead", functools.partial(transfer.Ahead, threaded=True))
     assert torch.equal(MAKERS[kind](view, settings, 0), made)
