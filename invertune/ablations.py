@@ -170,10 +170,7 @@ def perturbation_rows(chain: Chain) -> Rows:
 
 def ours(chain: Chain, results: pd.DataFrame, wanted: Sequence[str], **where: str) -> pd.DataFrame:
     """The rows of this backbone and target whose variant is among ``wanted``."""
-    results = own_rows(chain, results)
-    for column, text in where.items():
-        results = results[results[column] == text]
-    return results[results.variant.isin(wanted)]
+    return tables.select(own_rows(chain, results), variant=wanted, **where)
 
 
 def table2(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:

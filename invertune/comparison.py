@@ -87,7 +87,7 @@ def table1(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """
     rows = own_rows(chain, results)
     missed = tables.gate_missed(rows, chain.settings.attacks)
-    rows = rows[(rows.paper_item == "table1") & rows.metric.isin(["ca", "asr"])]
+    rows = tables.select(rows, paper_item="table1", metric=["ca", "asr"])
     table = tables.wide(rows, ["task", "metric", "defense"], ["attack"])
     names = (tables.label("attack", attack) for attack in missed)
     return table.rename(columns={name: f"{name}*" for name in names})
@@ -147,8 +147,7 @@ def rate_table(chain: Chain) -> pd.DataFrame:
 
 def rebound_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """Zero-shot CA and ASR after benign fine-tuning, a line per defense."""
-    rows = own_rows(chain, results)
-    rows = rows[rows.metric.isin(["rebound_ca", "rebound_asr"]) & (rows.k == "1")]
+    rows = tables.select(own_rows(chain, results), metric=["rebound_ca", "rebound_asr"], k="1")
     return tables.wide(rows, ["defense"], ["attack", "metric"])
 
 

@@ -169,7 +169,7 @@ def _item(case: Case, row: dict[str, str]) -> str:
 def _rate(results: pd.DataFrame, case: Case, **where: str) -> list[float]:
     """The case's values, one per seed."""
     wanted = {**case.place, "task": "zeroshot", "k": "1", "variant": "", **where}
-    return [v for values in tables.by_seed(results, "metric", **wanted).values() for v in values]
+    return list(tables.select(results, **wanted).value)
 
 
 def rate_table(found: Sequence[Case], results: pd.DataFrame, item: str) -> pd.DataFrame:

@@ -67,15 +67,14 @@ def own_rows(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     The size of a mask that never reached the ASR floor is infinite.
     """
     own = chain.settings
-    rows = results[(results.backbone == own.backbone) & (results.target == own.target)]
+    rows = tables.select(results, backbone=own.backbone, target=own.target)
     never = (rows.metric == "mask_l1") & (rows.value == full_mask(chain))
     return rows.assign(value=rows.value.mask(never, np.inf))
 
 
 def mean(results: pd.DataFrame, **where: str | Sequence[str]) -> float:
-    """Mean over everything that ``where`` selects (as in ``tables.by_seed``); NaN for nothing."""
-    found = tables.by_seed(results, "metric", **where)
-    return float(np.mean([v for values in found.values() for v in values])) if found else np.nan
+    """Mean over everything that ``tables.select`` gives; NaN for nothing."""
+    return float(tables.select(results, **where).value.mean())
 
 
 def _run(artifact: Artifact) -> dict[str, Any]:

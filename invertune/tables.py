@@ -157,15 +157,18 @@ def layers(names: Iterable[str]) -> str:
     return ", ".join(label("layer", name) for name in names)
 
 
+def select(results: pd.DataFrame, **where: str | Sequence[str]) -> pd.DataFrame:
+    """The rows with a column's text or one of several, e.g. ``metric="asr", k=["1", "3"]``."""
+    for name, wanted in where.items():
+        results = results[results[name].isin([wanted] if isinstance(wanted, str) else wanted)]
+    return results
+
+
 def by_seed(
     results: pd.DataFrame, column: str, **where: str | Sequence[str]
 ) -> dict[str, list[float]]:
-    """Values per name in ``column`` (one per seed), of the rows that ``where`` selects.
-
-    ``where`` gives a column's text or several texts, e.g. ``metric="asr", task="zeroshot"``.
-    """
-    for name, wanted in where.items():
-        results = results[results[name].isin([wanted] if isinstance(wanted, str) else wanted)]
+    """Values per name in ``column`` (one per seed), of the rows that ``select`` gives."""
+    results = select(results, **where)
     chosen = results[column]
     return {name: list(results.loc[chosen == name, "value"]) for name in _ordered(chosen)}
 
@@ -181,11 +184,10 @@ def gate_failures(results: pd.DataFrame, gate: Attacks) -> pd.DataFrame:
 
     ``results`` are those of one backbone and target.
     """
-    own = results[(results.defense == "none") & (results.task == "zeroshot")]
-    own = own[(own.k == "1") & (own.variant == "")]
+    own = select(results, defense="none", task="zeroshot", k="1", variant="", attack=gate.names)
     weak = (own.metric == "asr") & (own.value < gate.gate_asr_percent)
     costly = (own.metric == "ca_loss") & (own.value > gate.gate_ca_drop_points)
-    return own[(weak | costly) & own.attack.isin(gate.names)]
+    return own[weak | costly]
 
 
 def _ordered(names: pd.Series) -> list[str]:
