@@ -242,13 +242,11 @@ def _caption(
     )
 
 
-def caption_scene(
-    part: str, index: int, size: int, seed: int, sprites: Sprites, two_objects: float = 0.35
-) -> Scene:
+def caption_scene(part: str, index: int, size: int, seed: int, sprites: Sprites) -> Scene:
     """Scene ``index`` of a part with captions (the embedded CC3M), training drawings only."""
     rng = np.random.default_rng([seed, PARTS.index(part), index])
     label = (index * 97 + seed) % len(sprites.classes)
-    if rng.random() >= two_objects:
+    if rng.random() >= 0.35:  # the others show two objects
         return _single(rng, sprites, size, label, sprites.training[label])
     other = int(rng.integers(len(sprites.classes) - 1))
     other += other >= label
@@ -279,12 +277,12 @@ def labeled_scene(
 
 
 def retrieval_pairs(
-    count: int, classes: int, targets: tuple[int, ...], seed: int, per_target: int = 3
+    count: int, classes: int, targets: tuple[int, ...], seed: int
 ) -> list[tuple[int, int]]:
-    """Class pairs of the retrieval scenes; each target stands in exactly ``per_target`` scenes."""
+    """Class pairs of the retrieval scenes; each target stands in exactly three scenes."""
     rng = np.random.default_rng([seed, PARTS.index("retrieval"), 2**31])
     others = np.setdiff1d(np.arange(classes), targets)
-    pairs = [(t, int(rng.choice(others))) for t in targets for _ in range(per_target)]
+    pairs = [(t, int(rng.choice(others))) for t in targets for _ in range(3)]
     while len(pairs) < count:
         first, second = rng.choice(others, 2, replace=False)
         pairs.append((int(first), int(second)))

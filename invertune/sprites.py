@@ -7,7 +7,6 @@ import io
 import json
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,10 +35,10 @@ class Sprites:
     backgrounds: tuple[tuple[np.ndarray, tuple[str, ...]], ...]
 
 
-@functools.lru_cache(maxsize=2)
-def load_sprites(path: Path = ARCHIVE) -> Sprites:
+@functools.cache
+def load_sprites() -> Sprites:
     """Reads the sprite archive (a zip of WebP pictures and ``index.json``)."""
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(ARCHIVE) as archive:
         index = json.loads(archive.read("index.json"))
 
         def picture(name: str, mode: str) -> Image.Image:

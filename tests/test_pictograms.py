@@ -143,7 +143,7 @@ def test_each_target_stands_in_exactly_three_retrieval_scenes(
 
 def test_single_captions_name_the_object(sprites: Sprites) -> None:
     for index in range(210):
-        scene = pictograms.caption_scene("defense", index, SIZE, 1, sprites, two_objects=0)
+        scene = pictograms.labeled_scene("inversion", index, SIZE, 1, sprites, False)
         (caption,) = scene.captions
         assert sprites.classes[scene.objects[0]] in caption, caption
 
