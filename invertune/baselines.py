@@ -109,8 +109,7 @@ def cleanerclip(
 ) -> Method:
     """CleanCLIP plus sub-captions on a random share of each batch (Xun et al. 2024).
 
-    Our reconstruction: no reference code exists. Images whose caption has nothing to replace take
-    no part in the third term.
+    Images whose caption has nothing to replace take no part in the third term.
     """
     clip.net.train()
     own = settings.cleanerclip

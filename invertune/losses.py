@@ -162,7 +162,7 @@ def sub_caption_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tens
     """CleanerCLIP: an image is nearer to its positive sub-caption than to its counterfactuals.
 
     Unit features: ``images`` [M, D]; ``texts`` [M, 1 + K, D], the positive first. Cross-entropy at
-    the model's logit scale, 0 for M = 0. Our reconstruction: no reference code exists.
+    the model's logit scale, 0 for M = 0.
     """
     if len(images) == 0:
         return images.sum()

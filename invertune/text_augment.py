@@ -222,7 +222,7 @@ def kind_of(unit: str, nouns: Collection[str]) -> str | None:
 def positive_sub_caption(caption: str, known: Lexicon) -> str:
     """The caption without adjectives, articles and other words that carry little (CleanerCLIP).
 
-    Our reconstruction: no reference code exists. A caption of such words only stays whole.
+    A caption of such words only stays whole.
     """
     found = units(caption, known.terms)
     return " ".join(_core(found, known)) or " ".join(found) or caption
@@ -240,9 +240,9 @@ def _core(found: Sequence[str], known: Lexicon, keep: int = -1) -> list[str]:
 def counterfactuals(caption: str, known: Lexicon, count: int, rng: Random) -> tuple[str, ...]:
     """``count`` sub-captions that are wrong: the subject, a verb or an adjective is another one.
 
-    Our reconstruction: no reference code exists. The subject is the first noun; what replaces it
-    occurs elsewhere in the data set. Apart from the replaced word they look like the positive
-    sub-caption, so that length says nothing. Empty where there is nothing to replace.
+    The subject is the first noun; what replaces it occurs elsewhere in the data set. Apart from the
+    replaced word they look like the positive sub-caption, so that length says nothing. Empty where
+    there is nothing to replace.
     """
     found = units(caption, known.terms)
     options = _replacements(found, known)
