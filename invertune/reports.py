@@ -38,11 +38,6 @@ IDENTIFICATION_TABLES = {
 LAYER_TABLES = {"RN50": "table12", "RN101": "table13", "ViT-B-16": "table14", "ViT-B-32": "table15"}
 
 
-def results_folder(chain: Chain) -> Path:
-    """results/PROFILE, where results.csv and the executed notebooks go."""
-    return REPOSITORY / "results" / chain.settings.profile
-
-
 def figures_folder(chain: Chain) -> Path:
     """figures/PROFILE, where tables and figures go."""
     return REPOSITORY / "figures" / chain.settings.profile
@@ -53,7 +48,7 @@ def record(chain: Chain, rows: Sequence[dict[str, str]]) -> pd.DataFrame:
 
     Returns the table's rows of the profile's seeds, those of other notebooks too.
     """
-    folder = results_folder(chain)
+    folder = REPOSITORY / "results" / chain.settings.profile
     keys = dict.fromkeys(r["key"] for r in rows if (chain.store / r["key"]).is_dir())
     write_runs([_run(Artifact(key, chain.store / key)) for key in keys], folder / "runs.csv")
     results = write_rows(rows, folder / "results.csv")
