@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 CHUNK = 256  # queries at a time: 50 MB of similarities against 25,000 captions
@@ -38,13 +38,8 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"{successes} of {n} is not a rate; need 0 <= successes <= n and n > 0")
-    z = NormalDist().inv_cdf(0.975)
-    share = successes / n
-    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    spread = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
-    low = 0.0 if successes == 0 else 100 * max(0.0, center - spread)
-    high = 100.0 if successes == n else 100 * min(1.0, center + spread)
-    return low, high
+    low, high = binomtest(successes, n).proportion_ci(method="wilson")
+    return 100 * float(low), 100 * float(high)
 
 
 def rate(hits: Tensor) -> Rate:
