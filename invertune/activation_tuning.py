@@ -102,28 +102,23 @@ def tune(
     measure = _measurer(suspected, found, heldout, heldout_labels, head, target, first)
     rows = rows_to_train(suspected, neurons, settings.trainable)
     before = _state(0.0, 0, measure(suspected), losses(suspected, 0))
-    runs: dict[float, _Run] = {}
+    clips: dict[float, Clip] = {}
+    states: list[State] = []
+    log: list[dict[str, float]] = []
 
     def accuracy_at(lr: float) -> float:
-        runs[lr] = _tune_at(lr, suspected, losses, rows, measure, settings)
-        return runs[lr].states[-1].clean_accuracy
+        clips[lr], measured, logged = _tune_at(lr, suspected, losses, rows, measure, settings)
+        states.extend(measured)
+        log.extend({"lr": lr, **row} for row in logged)
+        return measured[-1].clean_accuracy
 
     lowest = before.clean_accuracy - settings.allowed_ca_drop_points
     lr, qualified, _ = choose_lr(settings.lrs, accuracy_at, lowest)
     purified = clone(suspected)
-    purified.net.load_state_dict(runs[lr].clip.net.state_dict())
+    purified.net.load_state_dict(clips[lr].net.state_dict())
     purified.net.requires_grad_(True)
-    return Tuned(
-        purified,
-        selection,
-        impacts,
-        neurons,
-        runs[lr].states[-1],
-        qualified,
-        before,
-        tuple(state for run in runs.values() for state in run.states),
-        [{"lr": rate, **row} for rate, run in runs.items() for row in run.log],
-    )
+    kept = [state for state in states if state.lr == lr][-1]
+    return Tuned(purified, selection, impacts, neurons, kept, qualified, before, tuple(states), log)
 
 
 def trigger_impacts(
@@ -203,15 +198,6 @@ def _state(lr: float, step: int, rates: tuple[float, float], terms: Mapping[str,
     return State(lr, step, *rates, terms["activation"].item(), terms["preserve"].item())
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Phase 3 at one rate: the tuned model, what was measured on the way, and its losses."""
-
-    clip: Clip
-    states: tuple[State, ...]
-    log: list[dict[str, float]]
-
-
 def _tune_at(
     lr: float,
     suspected: Clip,
@@ -219,7 +205,8 @@ def _tune_at(
     rows: Mapping[str, Tensor],
     measure: Measure,
     settings: Tuning,
-) -> _Run:
+) -> tuple[Clip, list[State], list[dict[str, float]]]:
+    """Phase 3 at one rate: the tuned model, what was measured on the way, and its losses."""
     tuned, states = clone(suspected), []
     tuned.net.get_submodule("visual").train(settings.bn_mode == "train")
     train_only(tuned.net, rows)
@@ -235,4 +222,4 @@ def _tune_at(
     with torch.no_grad():
         last = losses(tuned, settings.steps)
     states.append(_state(lr, settings.steps, measure(tuned), last))
-    return _Run(tuned, tuple(states), log)
+    return tuned, states, log
