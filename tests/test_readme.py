@@ -49,7 +49,9 @@ def test_another_runs_figures_are_told_from_the_committed_ones(
     assert changed_figures(tmp_path) == ""  # no git
 
 
-@pytest.mark.parametrize(("name", "least"), [("README.md", 9), ("REPRODUCING.md", 3), ("RESULTS.md", 4)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("README.md", 9), ("REPRODUCING.md", 3), ("RESULTS.md", 4)]
+)
 def test_every_link_leads_to_a_file(name: str, least: int) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text())
     local = [link for link in links if "://" not in link]
