@@ -157,10 +157,10 @@ def show_plan(options: argparse.Namespace) -> int:
 
 def _purify(options: argparse.Namespace) -> int:
     overrides = {**plan.overrides_of(options), "weights": options.weights}
+    load_settings(options.profile, overrides)  # refuses "data" that is no group of settings
+    if options.images is not None:
+        overrides["data"] = {**overrides.get("data", {}), "source": OWN_IMAGES + options.images}
     settings = load_settings(options.profile, overrides)
-    if options.images:
-        own = settings.data.model_copy(update={"source": OWN_IMAGES + options.images})
-        settings = settings.model_copy(update={"data": own})
     from invertune import purify
 
     print(purify.purify(settings, Path(options.out), options.rounds))

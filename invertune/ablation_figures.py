@@ -43,12 +43,13 @@ def table2_figure(
             _curve(chart, rows, places, attack)
         chart.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         chart.set_xlabel(rf"$\lambda_{weight[-1]}$ (no unit)")
-        if not masks:
+        if not masks and np.isfinite(chart.dataLim.intervaly).all():
             chart.set_title("values from {:.3g} to {:.3g}".format(*chart.dataLim.intervaly))
     for chart in axes[:, 0]:
         chart.set_ylabel(titles[metric])
     if masks:
-        axes[0, 0].set(yscale="log", ylim=(None, 3 * axes[0, 0].get_ylim()[1]))
+        axes[0, 0].set_yscale("log")
+        axes[0, 0].set_ylim(top=3 * axes[0, 0].get_ylim()[1])
         look = {"marker": "o", "markersize": 3, "fillstyle": "none", "linestyle": ""}
         axes[0, 0].plot([], [], color="black", label="ASR floor not reached", **look)
     figures.legend_above(figure, axes[0, 0])

@@ -28,7 +28,7 @@ from invertune.losses import Objective, tuning_objective
 from invertune.metrics import attack_success_rate, clean_accuracy, predictions
 from invertune.models import Clip, clone, embed_images, to_pixels
 from invertune.sections import Tuning
-from invertune.training import Recipe, choose_lr, fit, generator
+from invertune.training import BatchError, Recipe, choose_lr, fit, generator
 from invertune.triggers import Trigger
 
 Measure = Callable[[Clip], tuple[float, float]]
@@ -143,12 +143,12 @@ def _diverse_pixels(
 def diverse_indices(predicted: Tensor, target: int, count: int, seed: int) -> Tensor:
     """``count`` seeded indices of images, in turn over the ``predicted`` classes [N].
 
-    Images predicted as the ``target`` are never taken. Raises ``ValueError`` if too few are left.
+    Images predicted as the ``target`` are never taken. Raises ``BatchError`` if too few are left.
     """
     order = torch.randperm(len(predicted), generator=generator(seed))
     order = order[predicted[order] != target]
     if len(order) < count:
-        raise ValueError(
+        raise BatchError(
             f"tuning.images = {count}, but only {len(order)} clean images are not "
             "predicted as the target class"
         )

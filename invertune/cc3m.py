@@ -7,6 +7,7 @@ paths below the CSV's folder count.
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import tarfile
 from pathlib import Path, PurePosixPath
@@ -92,7 +93,9 @@ def read_shard(path: Path) -> tuple[list[tuple[Sample, str]], bool]:
                     images[key] = Sample(name, str(path), member.offset_data, member.size)
                 elif suffix == "txt" and (content := shard.extractfile(member)) is not None:
                     texts[key] = one_line(content.read().decode(errors="replace"))
-    except BROKEN:
+    except BROKEN as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # of the disk, not of the header
         whole = False
     return [(images[key], texts[key]) for key in images if texts.get(key)], whole
 

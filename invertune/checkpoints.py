@@ -22,8 +22,8 @@ from invertune.models import CONFIG, Clip, ModelError, check_state, read_config
 
 # Versions before 2.10 can be made to run code in spite of weights_only (CVE-2026-24747).
 SAFE_TORCH = (2, 10)
-# Sizes that OpenAI's files keep among the weights, and SigLIP's bias, which nothing here uses.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Sizes that OpenAI's files keep among the weights, and SigLIP's bias, which nothing here uses.
 DESCRIPTION = frozenset({"input_resolution", "context_length", "vocab_size", "logit_bias"})
 
 

@@ -28,7 +28,7 @@ COLUMN_IN, PAGE_IN = 3.3, 6.9  # widths of one and of two columns of the paper, 
 DPI = 200
 
 # Attacks: seaborn's "colorblind" palette without its pairs of blues and of oranges, filled up with
-# red and black; defenses: Paul Tol's "muted". A color means an attack or a defense, never both.
+# red and black; defenses: Paul Tol's "muted". A color means an attack or a defense (gray: none).
 ATTACK_COLORS = {
     "none": "#BBBBBB",
     "clean_finetuned": "#CA9161",

@@ -6,11 +6,12 @@ And names that strangers gave, shown in messages.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -39,7 +40,26 @@ def locked(path: Path) -> Iterator[None]:
 
 def open_lock(path: Path) -> TextIO:
     """Opens a lock, new or old, and leaves what it holds; ``OSError`` where it is a link."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "is a link, which a lock must not be; remove it", str(path))
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+
+
+def hold(lock: TextIO, busy: Callable[[str], None]) -> None:
+    """Takes an open lock, which then says who has it: the system frees it when the process ends.
+
+    Where another process has it, calls ``busy`` with that one's number, then waits.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        busy(printable(lock.read().strip()))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    lock.seek(0)
+    lock.truncate()
+    lock.write(str(os.getpid()))
+    lock.flush()
 
 
 def printable(text: str) -> str:

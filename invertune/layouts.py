@@ -99,7 +99,7 @@ def image_files(folder: Path) -> list[tuple[str, int]]:
         found = sorted(
             (e.name, e.stat().st_size)
             for e in entries
-            if e.name.lower().endswith(SUFFIXES) and e.is_file()
+            if e.name.lower().endswith(SUFFIXES) and not e.name.startswith(".") and e.is_file()
         )
     if not found:
         name = next((name for name in reversed(folder.parts) if name in EXPECTED), "")
@@ -156,9 +156,17 @@ def own_classes(folder: Path) -> tuple[tuple[str, Path], ...]:
     if len(held) < 2:
         raise DataError(f"{folder} holds {len(held)} class folders; expected: {OWN_LAYOUT}")
     known = dict(zip(wordnet_ids(), open_clip.IMAGENET_CLASSNAMES, strict=True))
-    return tuple(
-        (known.get(name, printable(name.replace("_", " "))), folder / name) for name in held
+    names = [known.get(name, printable(name.replace("_", " "))) for name in held]
+    return tuple(  # two classes of ImageNet are called missile, two sunglasses
+        (name if names.count(name) == 1 else f"{name} ({own})", folder / own)
+        for name, own in zip(names, held, strict=True)
     )
+
+
+def part_of(part: str, count: int) -> slice:
+    """Which of a class's ``count`` images, in the seed's order, belong to a part; else all."""
+    low, high = TRAIN_PARTS.get(part, (0.0, 1.0))
+    return slice(int(low * count), int(high * count))
 
 
 def image_samples(
@@ -169,7 +177,6 @@ def image_samples(
     "inversion", "heldout" and "references" share the images; any other part takes all. With
     ``only``, images of that class alone.
     """
-    low, high = TRAIN_PARTS.get(part, (0.0, 1.0))
     turns: list[tuple[int, int, Sample]] = []
     for label, folder in enumerate(folders):
         if only not in (None, label):
@@ -177,7 +184,7 @@ def image_samples(
         names = sorted(
             (name for name, _ in image_files(folder)), key=functools.partial(place, seed)
         )
-        own = names[int(low * len(names)) : int(high * len(names))]
+        own = names[part_of(part, len(names))]
         turns += [
             (turn, label, Sample(f"{folder.name}/{name}", str(folder / name)))
             for turn, name in enumerate(own[:count])

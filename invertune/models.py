@@ -88,6 +88,8 @@ def build_clip(folder: Path, backbone: str, device: torch.device | str = "cpu") 
             options = {"bpe_path": str(merges)}
         tokenizer = load_tokenizer(f"local-dir:{folder}", **options)
         return assemble(backbone, model, preprocess, tokenizer, device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a foreign description can be wrong in many ways
         raise ModelError(f"no CLIP can be built from {folder / CONFIG}: {error}") from error
 
@@ -108,7 +110,8 @@ def _check_size(model: Any) -> None:
     """Raises ``ModelError`` for a ``model_cfg`` with a number beyond the ``LARGEST``."""
     _check_numbers(model, "model_cfg")
     vision = model["vision_cfg"]
-    size, patch = vision.get("image_size", 224), vision.get("patch_size", 16)
+    resnet = isinstance(vision.get("layers"), list)  # has no patches; its stride is 32 px
+    size, patch = vision.get("image_size", 224), vision.get("patch_size") or (32 if resnet else 16)
     if size > LARGEST_GRID * patch:
         raise ModelError(
             f"image_size = {size}, patch_size {patch}: at most {LARGEST_GRID} patches a side"

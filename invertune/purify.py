@@ -49,7 +49,7 @@ def purify(settings: Settings, out: Path, rounds: int = 1) -> str:
         raise PurifyError(f"{out} names no folder of its own; name a new one")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PurifyError(f"{out} is there and not an empty folder; name a new one")
-    settings = settings.model_copy(update={"data": fitted(settings.data)})
+    settings = fitted(settings)
     chain, seed = open_chain(settings), settings.seeds[0]
     step1 = steps.identified(chain, SUSPECT, seed)
     names = datasets.class_names(settings.data)

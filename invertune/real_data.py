@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from invertune import distributed
-from invertune.cc3m import caption_source, pair_samples
+from invertune.cc3m import PAIR_PARTS, caption_source, pair_samples
 from invertune.decoding import decode_all, map_images
 from invertune.files import printable
 from invertune.layouts import (
@@ -36,6 +36,7 @@ from invertune.layouts import (
     image_files,
     image_samples,
     own_classes,
+    part_of,
     read_coco,
     retrieval_samples,
     wordnet_folder,
@@ -176,20 +177,37 @@ def labeled(data: Data, part: str, count: int, store: Path, only: int | None = N
     return _part(data, name, count, store, choose)
 
 
-def fitted(data: Data) -> Data:
-    """``data`` with at most as many images for inversion and held out as a user's folder has."""
-    own = own_folder(data)
+def fitted(settings: Settings) -> Settings:
+    """The settings with at most as many images for inversion and held out as a user's folder has.
+
+    Raises ``DataError`` where these are too few for what the settings ask of steps 1 to 3.
+    """
+    own, data = own_folder(settings.data), settings.data
     if own is None:
-        return data
+        return settings
     sizes = [len(image_files(folder)) for _, folder in own_classes(own)]
     held = {}
     for part in ("inversion", "heldout"):
-        low, high = TRAIN_PARTS[part]
-        there = sum(int(high * size) - int(low * size) for size in sizes)
-        if there == 0:
-            raise DataError(f"{own} holds {sum(sizes)} images, too few; expected: {OWN_LAYOUT}")
+        there = sum(len(range(size)[part_of(part, size)]) for size in sizes)
         held[f"{part}_images"] = min(there, getattr(data, f"{part}_images"))
-    return data.model_copy(update=held)
+    least = {
+        "identification.batch": settings.identification.batch,
+        "inversion.batch": settings.inversion.batch,
+        "tuning.images": settings.tuning.images,
+    }
+    name = max(least, key=lambda key: least[key])
+    if held["heldout_images"] == 0 or held["inversion_images"] < least[name]:
+        raise DataError(
+            f"{own} holds {sum(sizes):,} images, which leave {held['inversion_images']:,} for "
+            f"inversion and {held['heldout_images']:,} held out, but {name} = {least[name]}; add "
+            f"images or lower it by --overrides; expected: {OWN_LAYOUT}"
+        )
+    if settings.identification.candidates > len(sizes):
+        raise DataError(
+            f"identification.candidates = {settings.identification.candidates}, but {own} has "
+            f"{len(sizes)} classes; lower it by --overrides"
+        )
+    return settings.model_copy(update={"data": data.model_copy(update=held)})
 
 
 def retrieval(data: Data, store: Path) -> Part:
@@ -308,9 +326,10 @@ def _require_captions(data: Data) -> None:
 
 def _require(name: str, found: int, count: int, notes: tuple[str, ...]) -> None:
     if found < SHARE * count:
-        shares = "poisoning and defense take 49 % of CC3M each, rebound 2 %"
+        pairs = name in PAIR_PARTS
+        shares = " (poisoning and defense take 49 % of CC3M each, rebound 2 %)" if pairs else ""
         raise DataError(
             f"{name}: {found:,} of {count:,} images found, fewer than {SHARE:.0%}"
             f"{''.join(f'; {note}' for note in notes)}. Complete the data, or ask for fewer in the "
-            f"profile ({shares})"
+            f"profile{shares}"
         )

@@ -213,7 +213,7 @@ def full_mask(chain: Chain) -> int:
 def inversion_rows(chain: Chain) -> list[dict[str, str]]:
     """Notebook 03: inverted ASR on the evaluation set, mask size and place, beside the nulls."""
     rows: list[dict[str, str]] = []
-    sizes: dict[tuple[str, int], float] = {}
+    sizes: dict[tuple[str, int], float | None] = {}
     for attack, seed in grid(chain, nulls=True):
         model, found = steps.poisoned(chain, attack, seed), steps.inverted(chain, attack, seed)
         trigger = steps.inverted_trigger(chain, found)
@@ -221,12 +221,12 @@ def inversion_rows(chain: Chain) -> list[dict[str, str]]:
         base = shared_columns(chain, attack, seed, found.key, task="zeroshot")
         figure = {**base, "paper_item": "figure5", "k": 1}
         rows.append(metric_row(figure, "inverted_asr", fake))
-        size = found.metrics["mask_l1_at_equal_asr"] or full_mask(chain)
-        sizes[attack, seed] = size
-        rows.append(metric_row(base, "mask_l1", size))
-        if attack != "none":  # a wrong target's mask proves nothing
-            own = size if found.metrics["target"] == chain.target else full_mask(chain)
-            rows.append(metric_row(base, "mask_l1_ratio", own / sizes["none", seed]))
+        sizes[attack, seed] = size = found.metrics["mask_l1_at_equal_asr"]  # None: never reached
+        rows.append(metric_row(base, "mask_l1", size or full_mask(chain)))
+        if attack != "none" and (null := sizes["none", seed]):
+            right = found.metrics["target"] == chain.target  # a wrong target's mask proves nothing
+            own = size if size and right else full_mask(chain)
+            rows.append(metric_row(base, "mask_l1_ratio", own / null))
         if model.trigger is not None:
             real = rates(evaluated(chain, model, model.trigger, model.key, seed))
             asr = real["zeroshot.asr.1"]

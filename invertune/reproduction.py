@@ -18,8 +18,9 @@ def compare(profile: str, root: Path = REPOSITORY) -> tuple[str, bool]:
     that the run does not have is not counted. Raises ``ResultsError`` where there is nothing to
     compare.
     """
-    if profile not in PUBLISHED:
-        raise ResultsError(f"no results of {profile} are published; {' and '.join(PUBLISHED)} are")
+    known = [name for name in PUBLISHED if (root / f"expected/{name}.csv").is_file()]
+    if profile not in known:
+        raise ResultsError(f"no results of {profile} are published; there are: {', '.join(known)}")
     run, published = (
         read_results(root / folder, profile)
         for folder in (f"results/{profile}/results.csv", f"expected/{profile}.csv")
@@ -33,6 +34,8 @@ def compare(profile: str, root: Path = REPOSITORY) -> tuple[str, bool]:
     own, theirs = (frame[frame.seed.isin([*seeds, ""])] for frame in (run, published))
     both = own.merge(theirs, on=list(IDENTITY), suffixes=("", "_published"))
     verdicts = _verdicts(own, theirs)
+    if verdicts.empty:
+        raise ResultsError("the run has all rows of no claim; run the notebooks first")
     other = verdicts[verdicts.run != verdicts.published]
     parts = [
         f"# Profile {profile}: this run beside the published results, seeds {', '.join(seeds)}",

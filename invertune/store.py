@@ -7,7 +7,6 @@ written beside its place and renamed into it, so an entry is either whole or abs
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -27,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from invertune import distributed, provenance
-from invertune.files import full_disk, open_lock, printable, sync
+from invertune.files import full_disk, hold, open_lock, printable, sync
 
 METRICS, META = "metrics.json", "meta.json"
 WORK, PARTIAL, LOCKS, DAMAGED = ".work", ".partial", ".locks", ".damaged"
@@ -260,7 +259,7 @@ def damage(folder: Path) -> str | None:
         return f"not whole: {error}"
     if key != folder.name:
         return f"{META} describes another artifact ({key[:8]})"
-    if unlisted := {METRICS, *(p.name for p in folder.glob("*.safetensors"))}.difference(files):
+    if unlisted := {METRICS, *(p.name for p in folder.glob("[!.]*.safetensors"))}.difference(files):
         return f"{META} does not list {min(unlisted)}"
     for name, digest in files.items():
         if not os.path.isfile(folder / name):
@@ -290,17 +289,7 @@ def _locked(entry: Artifact, name: str) -> Iterator[None]:
     except OSError as error:
         raise StoreError(f"cannot write to the store at {path}: {error.strerror}") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = printable(file.read().strip())
-            print(f"{name}: process {holder} is computing it; waiting", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        file.truncate()
-        file.write(str(os.getpid()))
-        file.flush()
+        hold(file, lambda pid: print(f"{name}: process {pid} is computing it; waiting", flush=True))
         yield
 
 

@@ -41,6 +41,7 @@ from invertune.provenance import file_hash
 from invertune.sections import EMBEDDED
 
 OPENAI = "openai"
+RESTORE = "restore it with: git checkout data/mini/models"
 CONFIGURATION = (".json", ".txt", ".model")  # of open_clip, and of a tokenizer of transformers
 
 
@@ -58,11 +59,13 @@ def load_clip(backbone: str, weights: str, device: torch.device | str = "cpu") -
     if kind == "file":
         return _read(random_clip(backbone, OPENAI, device), Path(place)), file_hash(Path(place))
     folder, path = Path(place), Path(place) / WEIGHTS
+    if weights == EMBEDDED and not path.is_file():
+        raise ModelError(f"not found: {path}; {RESTORE}")
     clip, digest = _read(build_clip(folder, backbone, device), path), file_hash(path)
     if weights == EMBEDDED and digest != locked_hash(backbone):
         raise ModelError(
             f"{path} is not the file recorded in {WEIGHTS_LOCK.name} (its SHA-256 differs); "
-            "restore it with: git checkout data/mini/models"
+            f"{RESTORE}"
         )
     return clip, _key(digest, _hashes(folder), _hashes(MODEL_FOLDER / backbone))
 
@@ -76,6 +79,8 @@ def _read(clip: Clip, path: Path) -> Clip:
             image = image_features(clip, pixels.view(1, 3, clip.image_size, clip.image_size))
             found = (image, text_features(clip, ["a photo"]), clip.net.logit_scale.exp())
             finite = all(bool(values.isfinite().all()) for values in found)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a foreign description can be wrong in many ways
         raise ModelError(f"{path}: its model encodes no image and text ({error})") from error
     if not finite:

@@ -381,4 +381,4 @@ def test_mini_gives_a_baseline_ten_times_invertunes_images() -> None:
     assert mini.baselines.pairs == 10 * mini.data.inversion_images
     for name in BASELINES:
         own = getattr(mini.baselines, name)
-        assert own.steps * own.batch == 12800 and len(own.lrs) == 4
+        assert own.steps * own.batch == 12800 and len(own.lrs) >= 4

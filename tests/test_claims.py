@@ -169,7 +169,7 @@ def test_rank_against_counting(values, rank, best):
 def test_lowest_is_rank_one():
     raw = ranked(["ft", "invertune"], lowest={"defense": "invertune"})
     numbers = {(1, "badnet", "ft"): 20.0, (1, "badnet", "invertune"): 1.0}
-    line = judged(raw, table(numbers | {(1, "badnet", "ft"): 20.0}))
+    line = judged(raw, table(numbers))
     assert line["margin"] == 19.0 and line["values"] == "1: 1 against 20 of ft"
     assert judged(raw, table(numbers | {(1, "badnet", "ft"): 0.0}))["verdict"] == "FAILS"
 

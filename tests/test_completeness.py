@@ -73,7 +73,8 @@ def problems(folder: Path, items: Iterable[str], since_s: float = 0) -> list[str
 def holds_something(path: Path) -> bool:
     """Whether a table has a line with a number, and a figure has more than one color."""
     if path.suffix == ".csv":
-        return pd.read_csv(path).select_dtypes("number").notna().any(axis=None)
+        cells = pd.read_csv(path).stack()  # a column may hold numbers and words
+        return bool(pd.to_numeric(cells, errors="coerce").notna().any())
     if path.suffix == ".png":
         with Image.open(path) as image:
             darkest, lightest = image.convert("L").getextrema()

@@ -60,7 +60,7 @@ def test_one_flipped_bit_in_the_weights_is_noticed(
     with pytest.raises(ModelError, match="not a readable safetensors file"):
         load_clip("RN50", EMBEDDED)
     path.unlink()
-    with pytest.raises(ModelError, match=f"checkpoint not found: {path}"):
+    with pytest.raises(ModelError, match=f"not found: {path}; restore it with"):
         load_clip("RN50", EMBEDDED)
 
 

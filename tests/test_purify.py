@@ -93,6 +93,11 @@ def test_a_folder_that_cannot_be_replaced_is_refused_before_any_work(
         purify(load_settings("smoke"), Path(name))
 
 
+def test_an_empty_folder_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["purify", "embedded", "smoke", "--images", "", "--out", "/tmp/none"]) == 2
+    assert "data.source = 'images:'" in capsys.readouterr().err
+
+
 def test_unknown_weights_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["purify", "nosuch", "smoke", "--out", str(tmp_path / "out")]) == 2
     assert "nosuch" in capsys.readouterr().err and not (tmp_path / "out").exists()

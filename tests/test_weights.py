@@ -167,6 +167,11 @@ def test_only_some_weights_name_another_model_for_another_backbone() -> None:
     assert not for_any_backbone("ViT-L-14/openai") and not for_any_backbone("local-dir:models")
 
 
+def test_no_model_that_open_clip_knows_is_beyond_the_bounds() -> None:
+    for name in open_clip.list_models():
+        models._check_size(open_clip.get_model_config(name))
+
+
 def siglip(folder: Path, **text: object) -> Path:
     """A small SigLIP-like folder: timm's ViT with attention pooling, a logit bias, other text."""
     model = {

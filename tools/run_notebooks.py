@@ -7,7 +7,6 @@ the store, so a notebook that must run again finds there what it had.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,8 @@ from typing import Any
 
 from invertune import plan
 from invertune.__main__ import explain, show_plan
-from invertune.sections import EMBEDDED, PRETRAINED, Settings
+from invertune.files import hold, open_lock
+from invertune.sections import EMBEDDED, PICTOGRAMS, PRETRAINED, Settings
 from invertune.settings import SettingsError, load_settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -77,19 +77,16 @@ def _chosen(folder: Path, only: str | None) -> list[Path]:
 @contextmanager
 def _only_run(results: Path) -> Iterator[None]:
     """Holds the profile's lock, which ends with the process however it ends."""
+
+    def busy(pid: str) -> None:
+        raise BusyError(
+            f"another run of profile {results.name} is going on (pid {pid}); "
+            "wait for it, or stop it"
+        )
+
     results.mkdir(parents=True, exist_ok=True)
-    with (results / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise BusyError(
-                f"another run of profile {results.name} is going on (pid {lock.read()}); "
-                "wait for it, or stop it"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+    with open_lock(results / ".lock") as lock:
+        hold(lock, busy)
         yield
 
 
@@ -104,7 +101,7 @@ def run_all(
 
     What it looks for in the store is made before, by as many processes as ``jobs`` says.
     """
-    if settings.data.source == "pictograms" and settings.weights in (EMBEDDED, PRETRAINED):
+    if settings.data.source == PICTOGRAMS and settings.weights in (EMBEDDED, PRETRAINED):
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when a kernel imports huggingface_hub
     if not sys.stderr.isatty():
         os.environ.setdefault("INVERTUNE_PROGRESS", "0")

@@ -118,7 +118,8 @@ def updated(readme: str, paper: pd.DataFrame, published: pd.DataFrame) -> str:
         frame_markdown(pd.read_csv(MINI / "defenses.csv", dtype=str)),
         cases_caption(pd.read_csv(MINI / "generalization_cases.csv")),
         frame_markdown(both[0].merge(both[1], on=["defense", ""])),
-        f"Claims of the paper, judged on mini: {claims_counted(judge(load_claims(), published))}. "
+        "Claims, most of them the paper's, judged on mini: "
+        f"{claims_counted(judge(load_claims(), published))}. "
         "Each with its numbers, all figures and tables: [figures/mini](figures/mini/README.md).",
     ]
     head, rest = readme.split(START)
