@@ -49,7 +49,7 @@ def table2_figure(
         chart.set_ylabel(titles[metric])
     if masks:
         axes[0, 0].set_yscale("log")
-        axes[0, 0].set_ylim(top=3 * axes[0, 0].get_ylim()[1])
+        axes[0, 0].margins(y=0.2)  # room for the open markers
         look = {"marker": "o", "markersize": 3, "fillstyle": "none", "linestyle": ""}
         axes[0, 0].plot([], [], color="black", label="ASR floor not reached", **look)
     figures.legend_above(figure, axes[0, 0])
