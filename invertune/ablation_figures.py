@@ -48,8 +48,9 @@ def table2_figure(
     for chart in axes[:, 0]:
         chart.set_ylabel(titles[metric])
     if masks:
-        axes[0, 0].set_yscale("log")
-        axes[0, 0].margins(y=0.2)  # room for the open markers
+        if any(np.isfinite(chart.dataLim.y1) for chart in axes.flat):  # else no mask is there
+            axes[0, 0].set_yscale("log")
+            axes[0, 0].margins(y=0.2)  # room for the open markers
         look = {"marker": "o", "markersize": 3, "fillstyle": "none", "linestyle": ""}
         axes[0, 0].plot([], [], color="black", label="ASR floor not reached", **look)
     figures.legend_above(figure, axes[0, 0])
