@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from invertune import layouts, pictograms, real_data
+from invertune import pictograms, real_data
 from invertune.decoding import cores, map_images
 from invertune.layouts import DataError
 from invertune.pictograms import Scene
@@ -257,6 +257,5 @@ def _real(data: Data) -> bool:
     """Whether images are read from files; ``DataError`` where one of the paper's is missing."""
     if data.source == PICTOGRAMS:
         return False
-    if real_data.own_folder(data) is None:
-        layouts.data_root()
+    real_data.image_root(data)
     return True

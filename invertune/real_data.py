@@ -70,6 +70,11 @@ def own_folder(data: Data) -> Path | None:
     return Path(data.source.removeprefix(OWN_IMAGES)) if named else None
 
 
+def image_root(data: Data) -> Path:
+    """Where the images lie: the user's folder, or that of the paper's data, which is all there."""
+    return own_folder(data) or data_root()
+
+
 def class_names(data: Data) -> tuple[str, ...]:
     """The classes in label order: CLIP's curated names of ImageNet-1K's, or the user's."""
     own = own_folder(data)
@@ -88,8 +93,7 @@ def manifest(data: Data) -> str:
 
     Raises ``DataError`` where the layout is wrong, before any work starts.
     """
-    own = own_folder(data)
-    files = fingerprint(own or data_root(), own is not None)
+    files = fingerprint(image_root(data), own_folder(data) is not None)
     text = (VERSION, files, class_names(data), templates())
     return hashlib.sha256(repr((*text, data.image_size_px, data.seed)).encode()).hexdigest()
 
@@ -250,8 +254,7 @@ def _part(data: Data, name: str, count: int, store: Path, choose: Callable[[Path
     """Decodes a part, or finds it in the store; decodes again where its pixels were deleted."""
 
     def compute(work: Path) -> tuple[Tensors, Values]:
-        root = own_folder(data) or data_root()
-        return _decoded(choose(root), name, count, data.image_size_px, store, work)
+        return _decoded(choose(image_root(data)), name, count, data.image_size_px, store, work)
 
     find = functools.partial(
         obtain,
