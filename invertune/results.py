@@ -91,6 +91,7 @@ COLUMNS = tuple(RULES)
 PUBLISHED = ("mini", "scenes224")
 DEVELOPMENT_SEED = "0"  # settings were chosen on it, so its numbers are not published
 IDENTITY = COLUMNS[: COLUMNS.index("value")]
+NUMBER = tuple(column for column in IDENTITY if column != "paper_item")  # may serve several items
 RUN_COLUMNS = ("key", "step", "seconds", "peak_mb", "device", "versions", "commit")
 
 
@@ -175,11 +176,10 @@ def write_rows(rows: Iterable[Row], path: Path) -> pd.DataFrame:
     """
     new = list(rows)
     profile = _check_together(new)
-    number = [column for column in IDENTITY if column != "paper_item"]
-    fresh = {_cells(record, number): record["value"] for record in new}
+    fresh = {_cells(record, NUMBER): record["value"] for record in new}
     with locked(path):
         old = _read_checked(path, profile) if path.exists() else []
-        kept = [r for r in old if fresh.get(_cells(r, number), r["value"]) == r["value"]]
+        kept = [r for r in old if fresh.get(_cells(r, NUMBER), r["value"]) == r["value"]]
         merged = merge(kept, new, IDENTITY)
         write_atomic(path, csv_bytes(merged, COLUMNS))
     return to_frame(merged)

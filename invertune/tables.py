@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from invertune.files import write_atomic
-from invertune.results import IDENTITY, ResultsError, natural_order
+from invertune.results import IDENTITY, NUMBER, ResultsError, natural_order
 from invertune.sections import Attacks
 
 # What two numbers are about; the profile and the seed say only where they come from.
@@ -158,10 +158,13 @@ def layers(names: Iterable[str]) -> str:
 
 
 def select(results: pd.DataFrame, **where: str | Sequence[str]) -> pd.DataFrame:
-    """The rows with a column's text or one of several, e.g. ``metric="asr", k=["1", "3"]``."""
+    """The rows with a column's text or one of several, e.g. ``metric="asr", k=["1", "3"]``.
+
+    A number that serves several paper items, which may have been run on other seeds, counts once.
+    """
     for name, wanted in where.items():
         results = results[results[name].isin([wanted] if isinstance(wanted, str) else wanted)]
-    return results
+    return results.drop_duplicates(list(NUMBER))
 
 
 def by_seed(

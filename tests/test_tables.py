@@ -37,6 +37,11 @@ def frame(*changes: dict[str, object], **same: object) -> pd.DataFrame:
     return to_frame([row(**cell | same | c) for c in changes])  # type: ignore[arg-type]
 
 
+def test_a_number_that_serves_two_items_counts_once():
+    both = frame({"seed": 1}, {"seed": 2, "value": 80}, {"seed": 1, "paper_item": "figure5"})
+    assert by_seed(both, "attack", metric="asr") == {"badnet": [87.73, 80]}
+
+
 def test_seed_summary():
     seeds = [{"seed": s, "value": v} for s, v in ((1, 80.0), (2, 90.0), (3, 70.0))]
     table = seed_summary(frame(*seeds, {"attack": "sig"}))
