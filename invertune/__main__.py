@@ -30,19 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except Exception as error:
-        _tell(error, explain(error))
+        rank = os.environ.get("RANK")  # of torchrun's processes each tells its own
+        where = "" if rank is None else f" in process {rank}"
+        print(f"error{where}: {explain(error)}", file=sys.stderr)
         return 2
-
-
-def _tell(error: Exception, line: str) -> None:
-    """Prints an error. Of torchrun's processes each tells its own; what they share, one tells.
-
-    They share a ``ValueError``: what all were given is wrong, not what happened in one.
-    """
-    rank, shared = os.environ.get("RANK"), isinstance(error, ValueError)
-    if not shared or os.environ.get("LOCAL_RANK", "0") == "0":
-        where = "" if shared or rank is None else f" in process {rank}"
-        print(f"error{where}: {line}", file=sys.stderr)
 
 
 def explain(error: Exception) -> str:

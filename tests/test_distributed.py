@@ -180,24 +180,21 @@ def test_torchrun_is_for_fill_only(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (DeviceMemoryError("too large"), ["error in process 0: too large"] * 2),
-        (OSError(28, "No space left"), ["error in process 0: No space left"] * 2),
-        (distributed.DistributedError("no share"), ["error: no share", ""]),
+        (DeviceMemoryError("too large"), "too large"),
+        (OSError(28, "No space left"), "No space left"),
+        (distributed.DistributedError("no share"), "no share"),
     ],
 )
-def test_every_process_tells_its_own_errors_and_the_first_what_all_share(
-    monkeypatch, capsys, error, told
-):
+def test_every_process_tells_its_own_errors(monkeypatch, capsys, error, told):
     def fail(_: object) -> int:
         raise error
 
     monkeypatch.setattr("invertune.__main__._fill", fail)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    for rank, line in enumerate(told):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
         assert main(["fill", "smoke"]) == 2
-        assert capsys.readouterr().err.strip() == line.replace("0", str(rank))
+        assert capsys.readouterr().err == f"error in process {rank}: {told}\n"
 
 
 if __name__ == "__main__":
