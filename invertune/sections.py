@@ -30,6 +30,8 @@ class Section(BaseModel):
 
 
 class Data(Section):
+    """Where images and captions come from, and how many of each (paper, section 4.1)."""
+
     source: Annotated[str, Field(pattern=f"^({PICTOGRAMS}|folders|{OWN_IMAGES}.+)$")]
     image_size_px: Count
     seed: Annotated[int, Field(ge=0)]
@@ -42,6 +44,8 @@ class Data(Section):
 
 
 class Pretraining(Section):
+    """Training of a shipped model: its image tower as a classifier, then both contrastively."""
+
     warm_start_steps: Steps
     warm_start_lr: Rate
     contrastive_steps: Steps
@@ -62,24 +66,34 @@ class Finetuning(Section):
 
 
 class BadNet(Finetuning):
+    """A square of fixed noise, ``patch_px`` wide (Gu et al. 2017)."""
+
     patch_px: Count
 
 
 class Blended(Finetuning):
+    """A pattern over the whole image, of opacity ``alpha`` (Chen et al. 2017)."""
+
     alpha: Rate
 
 
 class Sig(Finetuning):
+    """A horizontal wave of ``amplitude``, in pixel values of 0 to 1 (Barni et al. 2019)."""
+
     amplitude: Rate
     cycles: Count
 
 
 class WaNet(Finetuning):
+    """A smooth warp, drawn on ``grid_points`` x ``grid_points`` (Nguyen and Tran 2021)."""
+
     grid_points: Count
     strength: Weight
 
 
 class BadEncoder(Section):
+    """The image tower alone learns the trigger, from images of the target (Jia et al. 2022)."""
+
     patch_px: Count
     reference_images: Count
     reference_weight: Weight
@@ -92,6 +106,8 @@ class BadEncoder(Section):
 
 
 class BadClip(Finetuning):
+    """A patch optimized first: toward the target, off the other classes (Liang et al. 2024)."""
+
     patch_px: Count
     location: Literal["corner", "middle"]
     patch_lr: Rate
@@ -102,6 +118,8 @@ class BadClip(Finetuning):
 
 
 class Attacks(Section):
+    """The six attacks (section 4.1, appendix A), and the gate that each must pass."""
+
     names: tuple[Attack, ...]
     target_captions: Count
     gate_asr_percent: Percent
@@ -188,17 +206,23 @@ class BaselineTraining(Section):
 
 
 class CleanClip(BaselineTraining):
+    """Adds contrast within each modality, between augmented views (Bansal et al. 2023)."""
+
     in_modal_weight: Weight
     text_change_rate: Rate
 
 
 class CleanerClip(CleanClip):
+    """Adds counterfactual sub-captions."""
+
     sub_caption_weight: Weight
     sub_caption_share: Rate
     counterfactuals: Count
 
 
 class Par(BaselineTraining):
+    """Perturb and recover."""
+
     start_lr_ratio: Annotated[float, Field(gt=0)]
     cutoff: Annotated[float, Field(ge=0, le=4)]
     noise_std: Weight
