@@ -27,7 +27,8 @@ from invertune.models import (
     to_pixels,
     token_features,
 )
-from invertune.training import Recipe, batch_indices, finetune
+from invertune.sampling import batch_indices
+from invertune.training import Recipe, finetune
 from invertune.triggers import Trigger
 
 CLASSES = 210

@@ -15,11 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import OURS, Way
-from invertune.kernels import frozen_copy
-from invertune.models import Clip, clone, forward_precision, image_features, normalize, to_pixels
+from invertune.models import (
+    Clip,
+    clone,
+    forward_precision,
+    frozen_copy,
+    image_features,
+    normalize,
+    to_pixels,
+)
+from invertune.sampling import batch_indices
 from invertune.sections import Inversion
 from invertune.settings import load_settings
-from invertune.training import batch_indices
 from invertune.trigger_inversion import Run, initial_trigger, invert_triggers
 
 EPOCHS = 6  # the mini profile draws each image of its pool about this often

@@ -20,7 +20,7 @@ from benchmarks.timing import Way
 from invertune.cc3m import read_shard
 from invertune.decoding import Sample, cores, decode_all, decode_image, map_images
 from invertune.models import to_pixels
-from invertune.training import batch_indices
+from invertune.sampling import batch_indices
 
 SIDES = (340, 256)  # pixels of a source image: img2dataset's 256 on the shorter side
 

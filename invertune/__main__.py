@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from invertune import plan
-from invertune.files import printable
 from invertune.sections import OWN_IMAGES
 from invertune.settings import SettingsError, load_settings
+from invertune.terminal import printable
 
 # Modules that import torch are imported late: a wrong argument should not wait seconds for it.
 

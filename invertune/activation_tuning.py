@@ -19,19 +19,23 @@ from invertune.activations import (
     batched_inputs,
     impacts_of,
     locate,
+    maps_from,
     prefix_to,
     rows_to_train,
     tail_from,
     train_only,
+    unit_mask,
 )
-from invertune.losses import Objective, tuning_objective
+from invertune.losses import activation_loss, align_ratio_loss, preserve_feature_loss, preserve_loss
 from invertune.metrics import attack_success_rate, clean_accuracy, predictions
 from invertune.models import Clip, clone, embed_images, to_pixels
+from invertune.sampling import BatchError, batch_indices, generator
 from invertune.sections import Tuning
-from invertune.training import BatchError, Recipe, choose_lr, fit, generator
+from invertune.training import Recipe, choose_lr, fit
 from invertune.triggers import Trigger
 
 Measure = Callable[[Clip], tuple[float, float]]
+Objective = Callable[[Clip, int], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,54 @@ def tune(
     purified.net.requires_grad_(True)
     kept = [state for state in states if state.lr == lr][-1]
     return Tuned(purified, selection, impacts, neurons, kept, qualified, before, tuple(states), log)
+
+
+def tuning_objective(
+    suspected: Clip,
+    first: str | None,
+    clean: Tensor,
+    triggered: Tensor,
+    neurons: Mapping[str, Tensor],
+    head: Tensor,
+    settings: Tuning,
+    seed: int,
+) -> Objective:
+    """Eq. 11 with its two terms, on the batch of a step; what all steps share is computed once.
+
+    ``clean`` and ``triggered`` are the tuning images [N, 3, H, W] in [0, 1]; nothing before layer
+    ``first`` can change; ``neurons`` holds a bool mask per critical layer, ``head`` [C, D] the unit
+    class embeddings. Of the triggered images no activation after the last critical layer is needed,
+    but batch statistics, where they are trained, are those of whole forward passes.
+    """
+    last = list(neurons)[-1] if settings.bn_mode == "eval" else None
+    prefix = prefix_to(suspected, first)
+    clean, triggered = (
+        torch.cat(list(batched_inputs(prefix, images, suspected.device)()))
+        for images in (clean, triggered)
+    )
+    with torch.no_grad():
+        unchanged, maps = tail_from(suspected, first)(clean)
+    original = {layer: maps[layer] for layer in neurons}
+    masks = {layer: unit_mask(m, maps[layer].shape[1:]) for layer, m in neurons.items()}
+    del maps  # of layers that are not critical
+
+    def losses(clip: Clip, step: int) -> dict[str, Tensor]:
+        rows = batch_indices(len(clean), settings.batch, seed, step)
+        features, own = tail_from(clip, first)(clean[rows])
+        attacked = maps_from(clip, first, last)(triggered[rows])
+        if settings.align_form == "ratio":
+            activation = align_ratio_loss(own, attacked, masks)
+        else:
+            drawn = {layer: map_[rows] for layer, map_ in original.items()}
+            activation = activation_loss(drawn, attacked, masks, settings.reduction)
+        if settings.preserve_form == "feature":
+            preserve = preserve_feature_loss(features, unchanged[rows])
+        else:
+            preserve = preserve_loss(features, unchanged[rows], head)
+        loss = activation + settings.beta * preserve
+        return {"loss": loss, "activation": activation, "preserve": preserve}
+
+    return losses
 
 
 def trigger_impacts(

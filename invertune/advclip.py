@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invertune.models import Clip, image_features, to_pixels
+from invertune.prefetch import with_rows
+from invertune.sampling import batch_indices
 from invertune.sections import Identification
-from invertune.training import batch_indices, progress
-from invertune.transfer import with_rows
+from invertune.terminal import progress
 
 NOISES, NOISE_DIM = 16, 100
 ALPHA, BETA, GAMMA, DELTA = 10.0, 5.0, 5.0, 1.0  # AdvCLIP's weights

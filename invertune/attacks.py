@@ -21,27 +21,21 @@ from invertune import distributed, triggers
 from invertune.augment import augment
 from invertune.data import Pairs, writable_images
 from invertune.files import write_atomic
-from invertune.kernels import frozen_copy
 from invertune.models import (
     Clip,
     clone,
     embed_images,
+    frozen_copy,
     image_features,
     text_features,
     to_pixels,
     token_features,
 )
+from invertune.prefetch import Batch, Prefetcher
+from invertune.sampling import batch_indices, generator
 from invertune.sections import Attacks, BadClip, BadEncoder, Finetuning
-from invertune.training import (
-    Recipe,
-    TrainingError,
-    batch_indices,
-    finetune,
-    fit,
-    generator,
-    progress,
-)
-from invertune.transfer import Ahead, Batch
+from invertune.terminal import progress
+from invertune.training import Recipe, TrainingError, finetune, fit
 from invertune.triggers import Trigger
 
 
@@ -162,7 +156,7 @@ def badencoder(victim: Victim, settings: Attacks, seed: int, work: Path) -> Pois
         rows = distributed.share(batch_indices(len(shadow), own.batch, seed, step))
         return (shadow[rows],)
 
-    batches = Ahead(batch_at, clip.device)
+    batches = Prefetcher(batch_at, clip.device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
         images = to_pixels(batches(step)[0], clip.device)
@@ -214,7 +208,7 @@ def optimize_patch(victim: Victim, settings: BadClip, seed: int) -> Tensor:
         rows = batch_indices(len(images), half, seed, step)
         return images[rows], tokens[rows], picks[step]
 
-    batches = Ahead(batch_at, clip.device)
+    batches = Prefetcher(batch_at, clip.device)
     for step in progress(steps, "BadCLIP patch"):
         pictures, words, pick = batches(step)
         clean = to_pixels(pictures, clip.device)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import AutoAugment
 
+from invertune.sampling import generator
 from invertune.sections import Par
-from invertune.training import generator
 
 
 def augment(images: Tensor, seed: int, step: int) -> Tensor:

@@ -17,14 +17,14 @@ from torch import Tensor
 from invertune import distributed
 from invertune.augment import auto_augment, noise_and_erase
 from invertune.data import Pairs
-from invertune.kernels import frozen_copy
 from invertune.losses import cut_off, feature_distance, in_modal_loss, sub_caption_loss
 from invertune.metrics import clean_accuracy
-from invertune.models import Clip, clone, embed_images, to_pixels, token_features
+from invertune.models import Clip, clone, embed_images, frozen_copy, to_pixels, token_features
+from invertune.prefetch import Batch, Prefetcher
+from invertune.sampling import BatchError, pair_indices
 from invertune.sections import Baselines, BaselineTraining, CleanClip, Par
 from invertune.text_augment import augment_captions, known_words, lexicon, sub_captions
 from invertune.training import (
-    BatchError,
     Method,
     Recipe,
     Terms,
@@ -34,9 +34,7 @@ from invertune.training import (
     contrastive_method,
     fit,
     pair_features,
-    pair_indices,
 )
-from invertune.transfer import Ahead, Batch
 
 
 @dataclass(frozen=True)
@@ -228,7 +226,7 @@ def _run(
     def batch(step: int) -> Batch:
         return batch_at(pair_indices(count, own.batch, seed, step, pairs.cycled), step)
 
-    batches = Ahead(batch, clip.device)
+    batches = Prefetcher(batch, clip.device)
     try:
         log = fit(
             clip.net,

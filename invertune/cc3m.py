@@ -13,8 +13,8 @@ import tarfile
 from pathlib import Path, PurePosixPath
 
 from invertune.decoding import MAX_BYTES, Sample
-from invertune.layouts import EXPECTED, SUFFIXES, Chosen, DataError, one_line, place
-from invertune.training import progress
+from invertune.layouts import EXPECTED, SUFFIXES, Chosen, DataError, hash_position, one_line
+from invertune.terminal import progress
 
 IMAGE_COLUMNS, CAPTION_COLUMNS = ("image", "filepath", "path"), ("caption", "title")
 END_BYTES = 1024
@@ -54,10 +54,10 @@ def pair_samples(root: Path, part: str, count: int, seed: int) -> Chosen:
     chosen: list[tuple[Sample, str]] = []
     broken = []
     low, high = PAIR_PARTS[part]
-    order = sorted(source, key=lambda path: place(seed, path.name))
+    order = sorted(source, key=lambda path: hash_position(seed, path.name))
     for shard in progress(order, f"reading shards for {part}"):
         pairs, whole = read_shard(shard)
-        chosen += [(s, text) for s, text in pairs if low <= place(seed, s.name) < high]
+        chosen += [(s, text) for s, text in pairs if low <= hash_position(seed, s.name) < high]
         if not whole:
             broken.append(shard.name)
         if len(chosen) >= count:
@@ -109,9 +109,9 @@ def _ends(path: Path) -> bool:
 def _table_pairs(path: Path, part: tuple[float, float], count: int, seed: int) -> Chosen:
     """The rows of a part whose image is there, in the table's order."""
     rows = [
-        (place(seed, name), line, name, text)
+        (hash_position(seed, name), line, name, text)
         for line, (name, text) in enumerate(read_table(path))
-        if part[0] <= place(seed, name) < part[1]
+        if part[0] <= hash_position(seed, name) < part[1]
     ]
     found: list[tuple[int, Sample, str]] = []
     missing = 0

@@ -12,11 +12,12 @@ import torch
 
 from invertune import provenance, real_data, weights
 from invertune.layouts import EXPECTED
-from invertune.models import CONFIG, MODEL_FOLDER, WEIGHTS, WEIGHTS_LOCK, ModelError
+from invertune.models import CONFIG, MODEL_FOLDER, WEIGHTS, ModelError
 from invertune.sections import BACKBONES, EMBEDDED
 from invertune.settings import load_settings
 from invertune.sprites import ARCHIVE
 from invertune.store import default_root, entries
+from invertune.weights import WEIGHTS_LOCK
 
 
 def report() -> tuple[list[str], bool]:

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from invertune.provenance import REPOSITORY
+from invertune.files import REPOSITORY
 from invertune.results import IDENTITY, cell_text, natural_order
 
 CLAIMS = REPOSITORY / "expected" / "claims.yml"

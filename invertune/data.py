@@ -20,13 +20,14 @@ from torch import Tensor
 
 from invertune import pictograms, real_data
 from invertune.decoding import cores, map_images
+from invertune.files import REPOSITORY
 from invertune.layouts import DataError
 from invertune.pictograms import Scene
-from invertune.provenance import REPOSITORY, file_hash
+from invertune.provenance import file_hash
 from invertune.sections import PICTOGRAMS, Data, Settings
 from invertune.sprites import ARCHIVE, load_sprites
 from invertune.store import obtain
-from invertune.training import progress
+from invertune.terminal import progress
 
 TEMPLATES = REPOSITORY / "data" / "mini" / "templates.json"
 TARGETS = ("mushroom", "banana", "lemon", "ski")  # paper, sections 4.1 and 4.5
@@ -38,7 +39,7 @@ THREADS = 4  # that compose scenes; a fifth of the work at 224 px (half at 64) h
 class Pairs:
     """Images [N, 3, H, W] uint8, one caption each, and the classes they show [N, 2] (-1: none).
 
-    ``cycled``: consecutive pairs show different classes (see ``training.pair_indices``). ``file``
+    ``cycled``: consecutive pairs show different classes (see ``sampling.pair_indices``). ``file``
     is what the images are mapped from; None: they lie in memory.
     """
 

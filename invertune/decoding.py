@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from invertune.files import write_atomic
-from invertune.training import progress
+from invertune.terminal import progress
 
 CHUNK = 256  # images between two lines of the journal
 JOURNAL = "decoded.txt"

@@ -19,11 +19,11 @@ import yaml
 from invertune import data as datasets
 from invertune.chain import Chain, open_chain, train_clean
 from invertune.evaluation import utility
-from invertune.models import MODEL_FOLDER, WEIGHTS, Clip, build_clip, record_hash, save_weights
+from invertune.models import MODEL_FOLDER, WEIGHTS, Clip, build_clip, save_weights
 from invertune.provenance import commit, file_hash, versions
 from invertune.sections import EMBEDDED
 from invertune.settings import load_settings
-from invertune.weights import load_clip
+from invertune.weights import load_clip, record_hash
 
 
 def pretrain_embedded(

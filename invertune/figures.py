@@ -76,8 +76,11 @@ STYLE: Any = {
 Values = Mapping[str, Sequence[float]]
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Writes NAME.png (200 dpi) and NAME.pdf; the same figure gives the same bytes, so no dates."""
+def save(figure: Figure, folder: Path, name: str) -> Figure:
+    """Writes NAME.png (200 dpi) and NAME.pdf, and returns the figure.
+
+    The same figure gives the same bytes, so no dates.
+    """
     undated: dict[str, dict[str, Any]] = {
         "png": {"Software": None},
         "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
@@ -87,6 +90,7 @@ def save(figure: Figure, folder: Path, name: str) -> None:
         with mpl.rc_context(STYLE):
             figure.savefig(content, format=suffix, dpi=DPI, metadata=metadata)
         write_atomic(folder / f"{name}.{suffix}", content.getvalue())
+    return figure
 
 
 def canvas(

@@ -1,7 +1,4 @@
-"""Files on which several processes work: replaced whole, by one writer at a time; full disks.
-
-And names that strangers gave, shown in messages.
-"""
+"""Files on which several processes work: replaced whole, by one writer at a time; full disks."""
 
 from __future__ import annotations
 
@@ -15,6 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from invertune.terminal import printable
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 FULL = ("No space left", "quota exceeded")  # in the message of an error for a full disk
 
 
@@ -60,11 +60,6 @@ def hold(lock: TextIO, busy: Callable[[str], None]) -> None:
     lock.truncate()
     lock.write(str(os.getpid()))
     lock.flush()
-
-
-def printable(text: str) -> str:
-    """``text`` with escapes for what a terminal would obey or cannot show."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def sync(path: Path) -> None:

@@ -15,11 +15,11 @@ import pandas as pd
 import yaml
 
 from invertune import claims, tables
-from invertune.provenance import REPOSITORY
-from invertune.results import read_results
+from invertune.files import REPOSITORY
+from invertune.results import read_paper, read_results
 from invertune.sections import Settings
 
-ITEMS, PAPER = (REPOSITORY / "expected" / name for name in ("items.yml", "paper.csv"))
+ITEMS = REPOSITORY / "expected" / "items.yml"
 PAPER_NUMBERS = "paper_numbers.csv"
 MOST_LINES = 30  # a longer table is linked, not shown
 
@@ -81,7 +81,7 @@ def _beside_paper(profile: str, results: pd.DataFrame) -> pd.DataFrame | None:
     """Every number of the paper beside ours, with its verdict; on the paper's own data only."""
     if profile != "paper":
         return None
-    return tables.compare_with_paper(results, read_results(PAPER, "paper"))
+    return tables.compare_with_paper(results, read_paper())
 
 
 def counted(verdicts: Iterable[str]) -> str:

@@ -27,12 +27,11 @@ from invertune.figures import (
     legend_above,
     percent_axis,
 )
-from invertune.models import locked_hash
 from invertune.reports import grid, metric_row, shared_columns
 from invertune.results import to_frame
 from invertune.sections import EMBEDDED
 from invertune.settings import other_models
-from invertune.weights import for_any_backbone
+from invertune.weights import for_any_backbone, locked_hash
 
 NOT_SHIPPED = "weights not shipped"
 Rows = list[dict[str, str]]

@@ -27,7 +27,7 @@ from invertune.decoding import cores
 from invertune.sections import INVERSION_SWITCHES, NULLS, TUNING_SWITCHES, WEIGHTS, Settings
 from invertune.settings import compared, load_settings, other_models, suspects
 from invertune.store import MissingError
-from invertune.training import progress
+from invertune.terminal import progress
 
 Call = tuple[Callable[..., object], tuple[Any, ...]]  # a function of (chain, *arguments)
 

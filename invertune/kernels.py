@@ -1,21 +1,16 @@
-"""The tensor work of trigger inversion: composition (eq. 2), SSIM against a fixed clean image, and
-a network that runs faster because its weights stay as they are.
+"""The tensor work of trigger inversion: composition (eq. 2), and SSIM against a fixed clean image.
 
 Everything runs on whichever device its inputs are on, in their floating-point type.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-
-from invertune.models import Clip, clone
 
 WINDOW = 11
 SIGMA = 1.5
@@ -134,19 +129,3 @@ def _ssim_block(
     gradient.addcmul_(tilde, rows.T @ (by_spread @ columns), value=-1)
     positions = mean[0].numel()
     return ssim.mean((1, 2, 3)), gradient.mul_(2 / positions)
-
-
-def frozen_copy(clip: Clip) -> Clip:
-    """A copy for many passes with fixed weights: eval mode, no weight gradients.
-
-    Every batch norm is multiplied into the convolution defined right before it. Features stay the
-    same but for rounding, and a pass saves reading and writing a map per layer, both ways.
-    """
-    copy = clone(clip)
-    copy.net.eval().requires_grad_(False)
-    for parent in list(copy.net.modules()):
-        for (name, layer), (after, norm) in itertools.pairwise(list(parent.named_children())):
-            if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(parent, name, fuse_conv_bn_eval(layer, norm))
-                setattr(parent, after, nn.Identity().eval())
-    return copy

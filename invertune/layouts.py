@@ -20,7 +20,7 @@ from typing import Any
 import open_clip
 
 from invertune.decoding import Sample
-from invertune.files import printable
+from invertune.terminal import printable
 
 ROOT = "INVERTUNE_DATA"
 CAPTIONS = "coco/annotations/captions_val2017.json"
@@ -107,7 +107,7 @@ def image_files(folder: Path) -> list[tuple[str, int]]:
     return found
 
 
-def place(seed: int, name: str) -> float:
+def hash_position(seed: int, name: str) -> float:
     """Where in [0, 1) a sample stands in the random order of ``seed``."""
     digest = hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
@@ -182,7 +182,7 @@ def image_samples(
         if only not in (None, label):
             continue
         names = sorted(
-            (name for name, _ in image_files(folder)), key=functools.partial(place, seed)
+            (name for name, _ in image_files(folder)), key=functools.partial(hash_position, seed)
         )
         own = names[part_of(part, len(names))]
         turns += [
@@ -197,7 +197,7 @@ def retrieval_samples(root: Path, count: int, seed: int) -> Chosen:
     """At most ``count`` images of COCO 2017 val with their first five captions each."""
     images, captions = read_coco(root)
     enough = [name for name in images if len(captions[name]) >= CAPTIONS_PER_IMAGE]
-    chosen = sorted(sorted(enough, key=lambda name: place(seed, name))[:count])
+    chosen = sorted(sorted(enough, key=lambda name: hash_position(seed, name))[:count])
     folder = root / "coco/val2017"
     return Chosen(
         [Sample(name, str(folder / name)) for name in chosen],

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invertune.activations import batched_inputs, maps_from, prefix_to, tail_from, unit_mask
 from invertune.kernels import SsimStatistics, ssim_with
-from invertune.models import Clip
-from invertune.sections import Tuning
-from invertune.training import MAX_LOGIT_SCALE, batch_indices
-
-Objective = Callable[[Clip, int], dict[str, Tensor]]
+from invertune.training import MAX_LOGIT_SCALE
 
 
 def align_loss(features: Tensor, head: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -94,54 +89,6 @@ def preserve_loss(features: Tensor, original: Tensor, head: Tensor) -> Tensor:
 def preserve_feature_loss(features: Tensor, original: Tensor) -> Tensor:
     """The released code's preservation: Frobenius norm of the unit-feature difference [N, D]."""
     return (features - original.detach()).norm()
-
-
-def tuning_objective(
-    suspected: Clip,
-    first: str | None,
-    clean: Tensor,
-    triggered: Tensor,
-    neurons: Mapping[str, Tensor],
-    head: Tensor,
-    settings: Tuning,
-    seed: int,
-) -> Objective:
-    """Eq. 11 with its two terms, on the batch of a step; what all steps share is computed once.
-
-    ``clean`` and ``triggered`` are the tuning images [N, 3, H, W] in [0, 1]; nothing before layer
-    ``first`` can change; ``neurons`` holds a bool mask per critical layer, ``head`` [C, D] the unit
-    class embeddings. Of the triggered images no activation after the last critical layer is needed,
-    but batch statistics, where they are trained, are those of whole forward passes.
-    """
-    last = list(neurons)[-1] if settings.bn_mode == "eval" else None
-    prefix = prefix_to(suspected, first)
-    clean, triggered = (
-        torch.cat(list(batched_inputs(prefix, images, suspected.device)()))
-        for images in (clean, triggered)
-    )
-    with torch.no_grad():
-        unchanged, maps = tail_from(suspected, first)(clean)
-    original = {layer: maps[layer] for layer in neurons}
-    masks = {layer: unit_mask(m, maps[layer].shape[1:]) for layer, m in neurons.items()}
-    del maps  # of layers that are not critical
-
-    def losses(clip: Clip, step: int) -> dict[str, Tensor]:
-        rows = batch_indices(len(clean), settings.batch, seed, step)
-        features, own = tail_from(clip, first)(clean[rows])
-        attacked = maps_from(clip, first, last)(triggered[rows])
-        if settings.align_form == "ratio":
-            activation = align_ratio_loss(own, attacked, masks)
-        else:
-            drawn = {layer: map_[rows] for layer, map_ in original.items()}
-            activation = activation_loss(drawn, attacked, masks, settings.reduction)
-        if settings.preserve_form == "feature":
-            preserve = preserve_feature_loss(features, unchanged[rows])
-        else:
-            preserve = preserve_loss(features, unchanged[rows], head)
-        loss = activation + settings.beta * preserve
-        return {"loss": loss, "activation": activation, "preserve": preserve}
-
-    return losses
 
 
 def in_modal_loss(

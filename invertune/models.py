@@ -9,6 +9,7 @@ import contextlib
 import copy
 import gzip
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,15 +20,14 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from invertune.files import locked, write_atomic
-from invertune.provenance import REPOSITORY
-from invertune.transfer import Ahead
+from invertune.files import REPOSITORY
+from invertune.prefetch import Prefetcher
 
 MODEL_FOLDER = REPOSITORY / "data" / "mini" / "models"
-WEIGHTS_LOCK = REPOSITORY / "params" / "weights.lock"
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
 MERGES = "merges.txt.gz"
@@ -179,18 +179,6 @@ def assemble(
     return Clip(backbone, net, tokenizer, mean, std, size)
 
 
-def locked_hash(name: str) -> str | None:
-    """SHA-256 recorded for a shipped backbone or a hub repository; None for no record."""
-    return json.loads(WEIGHTS_LOCK.read_text()).get(name)
-
-
-def record_hash(name: str, digest: str) -> None:
-    """Records the SHA-256 of a file that was just written or downloaded."""
-    with locked(WEIGHTS_LOCK):
-        known = json.loads(WEIGHTS_LOCK.read_text()) | {name: digest}
-        write_atomic(WEIGHTS_LOCK, (json.dumps(known, indent=2, sort_keys=True) + "\n").encode())
-
-
 def set_state(clip: Clip, state: dict[str, Tensor], source: str = "weights") -> None:
     """Copies ``state`` into the model after checking every name and shape (``ModelError``)."""
     check_state(clip, state, source)
@@ -226,6 +214,22 @@ def save_weights(clip: Clip, path: Path, dtype: torch.dtype = torch.float32) -> 
 def clone(clip: Clip) -> Clip:
     """A copy with its own weights; the original stays as it is."""
     return replace(clip, net=copy.deepcopy(clip.net))
+
+
+def frozen_copy(clip: Clip) -> Clip:
+    """A copy for many passes with fixed weights: eval mode, no weight gradients.
+
+    Every batch norm is multiplied into the convolution defined right before it. Features stay the
+    same but for rounding, and a pass saves reading and writing a map per layer, both ways.
+    """
+    copy = clone(clip)
+    copy.net.eval().requires_grad_(False)
+    for parent in list(copy.net.modules()):
+        for (name, layer), (after, norm) in itertools.pairwise(list(parent.named_children())):
+            if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(layer, norm))
+                setattr(parent, after, nn.Identity().eval())
+    return copy
 
 
 def normalize(clip: Clip, images: Tensor) -> Tensor:
@@ -309,7 +313,7 @@ def embed_images(
     """
     clip.net.eval()
     parts = images.split(batch)
-    ahead = Ahead(lambda i: (parts[i],), clip.device)
+    ahead = Prefetcher(lambda i: (parts[i],), clip.device)
     pixels = (change(to_pixels(ahead(i)[0], clip.device)) for i in range(len(parts)))
     return torch.cat([image_features(clip, part) for part in pixels])
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from invertune import triggers
 from invertune.advclip import generated_patch
 from invertune.models import Clip, image_features, to_pixels
+from invertune.prefetch import with_rows
+from invertune.sampling import batch_indices, generator
 from invertune.sections import Identification
-from invertune.training import batch_indices, generator, progress
-from invertune.transfer import with_rows
+from invertune.terminal import progress
 from invertune.triggers import Trigger
 
 

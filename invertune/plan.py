@@ -11,11 +11,11 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from invertune.files import REPOSITORY
 from invertune.sections import (
     INVERSION_SWITCHES,
     PICTOGRAMS,
@@ -29,7 +29,7 @@ from invertune.sections import (
 from invertune.settings import SettingsError, changed, compared, other_models, suspects
 from invertune.sprites import load_sprites
 
-RATES = Path(__file__).resolve().parent.parent / "expected" / "rates.json"
+RATES = REPOSITORY / "expected" / "rates.json"
 
 
 @dataclass(frozen=True)

@@ -12,21 +12,10 @@ from torch import Tensor, nn
 from invertune.augment import augment
 from invertune.data import Pairs
 from invertune.models import Clip, image_features, to_pixels
+from invertune.prefetch import Batch, Prefetcher
+from invertune.sampling import balanced_indices
 from invertune.sections import Pretraining
-from invertune.training import Recipe, contrastive_method, fit, generator
-from invertune.transfer import Ahead, Batch
-
-
-def balanced_indices(labels: Tensor, classes: int, seed: int, step: int) -> Tensor:
-    """Indices of one batch that shows every class once, so that no caption is a false negative.
-
-    ``labels`` [N] cycle through the classes equally often; each class is reshuffled every epoch.
-    """
-    per_class = len(labels) // classes
-    epoch, turn = divmod(step, per_class)
-    by_class = labels.argsort(stable=True).view(classes, per_class)
-    order = torch.rand(classes, per_class, generator=generator(seed, epoch)).argsort(1)
-    return by_class.gather(1, order[:, turn : turn + 1]).flatten()
+from invertune.training import Recipe, contrastive_method, fit
 
 
 def warm_start(
@@ -42,7 +31,7 @@ def warm_start(
         rows = balanced_indices(objects[:, 0], classes, seed, step)
         return pairs.images[rows], objects[rows]
 
-    batches = Ahead(batch_at, clip.device)
+    batches = Prefetcher(batch_at, clip.device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
         images, shown = batches(step)
@@ -63,7 +52,7 @@ def contrastive(
     """Contrastive training of both towers on ``pairs``; resumes in ``work``."""
     batch_at, terms = contrastive_method(clip, pairs.images, pairs.captions)
     rows = functools.partial(balanced_indices, pairs.objects[:, 0], classes, seed)
-    batches = Ahead(lambda step: batch_at(rows(step), step), clip.device)
+    batches = Prefetcher(lambda step: batch_at(rows(step), step), clip.device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
         images, words = batches(step)

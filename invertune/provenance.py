@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from invertune.files import REPOSITORY
+
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "safetensors", "numpy")
 
 

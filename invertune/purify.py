@@ -20,8 +20,8 @@ from invertune import data as datasets
 from invertune import exhibits, figures, image_figures, reports, steps, tables
 from invertune.ablation_steps import second_round
 from invertune.chain import Chain, open_chain, pretrained
+from invertune.files import REPOSITORY
 from invertune.models import WEIGHTS, save_weights, to_pixels
-from invertune.provenance import REPOSITORY
 from invertune.real_data import fitted
 from invertune.results import read_results
 from invertune.sections import NULLS, PICTOGRAMS, Settings

@@ -22,7 +22,6 @@ from torch import Tensor
 from invertune import distributed
 from invertune.cc3m import PAIR_PARTS, caption_source, pair_samples
 from invertune.decoding import decode_all, map_images
-from invertune.files import printable
 from invertune.layouts import (
     CAPTIONS,
     EXPECTED,
@@ -45,6 +44,7 @@ from invertune.metrics import word_matches
 from invertune.provenance import file_hash
 from invertune.sections import OWN_IMAGES, Data, Settings
 from invertune.store import Artifact, Tensors, Values, no_link, obtain
+from invertune.terminal import printable
 
 VERSION = 1  # raise where other images or other pixels come out
 IMAGES = ".images"

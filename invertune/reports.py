@@ -18,8 +18,8 @@ from invertune import data as datasets
 from invertune import defenses, steps, tables, target_identification, triggers
 from invertune.chain import Chain, class_list, pretrained
 from invertune.evaluation import evaluated
+from invertune.files import REPOSITORY
 from invertune.metrics import Rate
-from invertune.provenance import REPOSITORY
 from invertune.results import row, write_rows, write_runs
 from invertune.sections import NULLS
 from invertune.settings import suspects

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from invertune import claims, tables
-from invertune.provenance import REPOSITORY
+from invertune.files import REPOSITORY
 from invertune.results import IDENTITY, PUBLISHED, ResultsError, read_results
 
 

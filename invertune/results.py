@@ -17,9 +17,8 @@ from typing import get_args
 
 import pandas as pd
 
-from invertune.files import locked, write_atomic
+from invertune.files import REPOSITORY, locked, write_atomic
 from invertune.metrics import Rate
-from invertune.provenance import REPOSITORY
 from invertune.sections import BACKBONES, NULLS, Attack, Baseline
 
 Row = Mapping[str, str]  # column to text
@@ -192,6 +191,11 @@ def read_results(path: Path, profile: str | None = None) -> pd.DataFrame:
     does not allow, rows of several profiles, or rows of another profile than ``profile``.
     """
     return to_frame(_read_checked(path, profile))
+
+
+def read_paper() -> pd.DataFrame:
+    """The numbers that the paper prints, expected/paper.csv."""
+    return read_results(REPOSITORY / "expected" / "paper.csv", "paper")
 
 
 def publish(profile: str, root: Path = REPOSITORY) -> None:

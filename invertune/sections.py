@@ -78,7 +78,7 @@ class Blended(Finetuning):
 
 
 class Sig(Finetuning):
-    """A horizontal wave of ``amplitude``, in pixel values of 0 to 1 (Barni et al. 2019)."""
+    """Vertical stripes of ``amplitude``, in pixel values of 0 to 1 (Barni et al. 2019)."""
 
     amplitude: Rate
     cycles: Count
@@ -106,7 +106,7 @@ class BadEncoder(Section):
 
 
 class BadClip(Finetuning):
-    """A patch optimized first: toward the target, off the other classes (Liang et al. 2024)."""
+    """A patch optimized first: toward the target, away from the clean image (Liang et al. 2024)."""
 
     patch_px: Count
     location: Literal["corner", "middle"]

@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from invertune.files import REPOSITORY
 from invertune.sections import NULLS, Settings
 
-PARAMS = Path(__file__).resolve().parent.parent / "params"
+PARAMS = REPOSITORY / "params"
 
 
 class SettingsError(ValueError):

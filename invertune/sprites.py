@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from invertune.provenance import REPOSITORY
+from invertune.files import REPOSITORY
 
 ARCHIVE = REPOSITORY / "data" / "mini" / "sprites.zip"
 

@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from invertune import distributed, provenance
-from invertune.files import full_disk, hold, open_lock, printable, sync
+from invertune.files import REPOSITORY, full_disk, hold, open_lock, sync
+from invertune.terminal import printable
 
 METRICS, META = "metrics.json", "meta.json"
 WORK, PARTIAL, LOCKS, DAMAGED = ".work", ".partial", ".locks", ".damaged"
@@ -82,7 +83,7 @@ class Artifact:
 
 def default_root() -> Path:
     """``$INVERTUNE_STORE``, or results/store in the repository."""
-    return Path(os.environ.get("INVERTUNE_STORE") or provenance.REPOSITORY / "results" / "store")
+    return Path(os.environ.get("INVERTUNE_STORE") or REPOSITORY / "results" / "store")
 
 
 def canonical(value: Any) -> str:

@@ -197,8 +197,8 @@ def _ordered(names: pd.Series) -> list[str]:
     return sorted(names.unique(), key=lambda name: natural_order(str(names.name), name))
 
 
-def write_table(frame: pd.DataFrame, folder: Path, name: str, decimals: int = 2) -> None:
-    """Writes ``frame`` (without its index) as NAME.csv, NAME.md and NAME.tex (booktabs).
+def write_table(frame: pd.DataFrame, folder: Path, name: str, decimals: int = 2) -> pd.DataFrame:
+    """Writes ``frame`` (without its index) as NAME.csv, NAME.md and NAME.tex; returns it.
 
     Numbers that are not whole get ``decimals`` decimals; a missing number is empty in CSV and a
     dash elsewhere; an infinite mask never reached its ASR. The same frame gives the same bytes.
@@ -209,6 +209,7 @@ def write_table(frame: pd.DataFrame, folder: Path, name: str, decimals: int = 2)
     texts = {"csv": csv, "md": markdown(header, cells), "tex": latex(header, cells)}
     for suffix, text in texts.items():
         write_atomic(folder / f"{name}.{suffix}", text.encode())
+    return frame
 
 
 def _cells(frame: pd.DataFrame, decimals: int) -> list[list[str]]:

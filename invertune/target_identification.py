@@ -15,9 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from invertune.kernels import frozen_copy
 from invertune.metrics import predicted_counts
-from invertune.models import Clip, embed_images
+from invertune.models import Clip, embed_images, frozen_copy
 from invertune.perturbations import MAKERS, View, perturb
 from invertune.sections import Identification, Inversion
 from invertune.trigger_inversion import InvertedTrigger, Run, invert_triggers

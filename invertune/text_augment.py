@@ -18,8 +18,8 @@ from random import Random
 import torch
 
 from invertune.layouts import EXPECTED, WORDNET_FILES, DataError, wordnet_folder
+from invertune.sampling import generator
 from invertune.sprites import load_sprites
-from invertune.training import generator
 
 LONGEST_TERM = 3  # words
 Synonyms = Mapping[str, Sequence[str]]

@@ -6,11 +6,10 @@ from its checkpoint ends with the numbers of a run that was never stopped.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from tqdm import tqdm
 
 from invertune import distributed
 from invertune.models import Clip, image_features, to_pixels, token_features
-from invertune.transfer import Ahead, Batch
+from invertune.prefetch import Batch, Prefetcher
+from invertune.sampling import pair_indices
+from invertune.terminal import progress
 
 MAX_LOGIT_SCALE = math.log(100)
 Terms = dict[str, Tensor]
@@ -35,10 +35,6 @@ SAVES, SAVED_APART = 10, 100  # checkpoints a run; their distance in steps, at l
 
 class TrainingError(RuntimeError):
     """Training that cannot go on, with the step and the setting to look at."""
-
-
-class BatchError(ValueError):
-    """A data set smaller than a batch, with both sizes."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +120,6 @@ def fit(
     return log
 
 
-def progress(items: Iterable[Any], label: str, start: int = 0, total: int | None = None) -> Any:
-    """A progress bar over ``items``; silent when INVERTUNE_PROGRESS=0."""
-    off = os.environ.get("INVERTUNE_PROGRESS") == "0"
-    return tqdm(items, desc=label, initial=start, total=total, disable=off, mininterval=1)
-
-
 def _save(
     net: nn.Module,
     parameters: dict[str, nn.Parameter],
@@ -169,54 +159,6 @@ def _resume(
             done = torch.tensor(float(step), device=device)  # fused AdamW wants it there
             optimizer.state[parameter] = {"step": done, **moments}
     return step, json.loads(meta["log"])
-
-
-@functools.lru_cache(maxsize=4)
-def _order(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=generator(seed, epoch))
-
-
-def generator(*numbers: int) -> torch.Generator:
-    """A CPU random generator that is a pure function of ``numbers``."""
-    state = 0
-    for number in numbers:
-        state = (state * 1_000_003 + number + 1) % (2**63)
-    return torch.Generator().manual_seed(state)
-
-
-def batch_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
-    """Indices [batch] of the 0-based ``step``: a new permutation per epoch, last part dropped.
-
-    Raises ``BatchError`` where the data set is smaller than a batch.
-    """
-    _check_batch(count, batch)
-    per_epoch = count // batch
-    start = step % per_epoch * batch
-    return _order(count, seed, step // per_epoch)[start : start + batch]
-
-
-def _check_batch(count: int, batch: int) -> None:
-    if count < batch:
-        raise BatchError(f"the data set has {count} items, fewer than one batch of {batch}")
-
-
-def block_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
-    """Indices [batch] of one run of consecutive items; the runs are reshuffled every epoch.
-
-    Scenes cycle through the classes, so a run repeats no class (up to their number): captions of
-    one batch then rarely fit another image, as among the far more varied captions of web data.
-    Raises ``BatchError`` where the data set is smaller than a batch.
-    """
-    _check_batch(count, batch)
-    first = batch_indices(count // batch, 1, seed, step) * batch
-    return first + torch.arange(batch)
-
-
-def pair_indices(count: int, batch: int, seed: int, step: int, cycled: bool) -> Tensor:
-    """Indices [batch] of caption pairs: ``block_indices`` where consecutive items show different
-    classes (``cycled``), else ``batch_indices``, as CLIP and CleanCLIP shuffle.
-    """
-    return (block_indices if cycled else batch_indices)(count, batch, seed, step)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
@@ -274,7 +216,7 @@ def finetune(
     Pairs as in ``contrastive_method``, ``cycled`` as in ``pair_indices``. Returns the log.
     """
     batch_at, terms = contrastive_method(clip, images, captions)
-    batches = Ahead(
+    batches = Prefetcher(
         lambda step: batch_at(pair_indices(len(images), batch, seed, step, cycled), step),
         clip.device,
     )

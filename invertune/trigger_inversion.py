@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from invertune import triggers
-from invertune.kernels import compose, frozen_copy, ssim_statistics
+from invertune.kernels import compose, ssim_statistics
 from invertune.losses import align_loss, emb_loss, similarity_loss, sparsity_loss
 from invertune.metrics import attack_success_rate
-from invertune.models import Clip, embed_images, image_features, to_pixels
+from invertune.models import Clip, embed_images, frozen_copy, image_features, to_pixels
+from invertune.prefetch import with_rows
+from invertune.sampling import batch_indices, generator
 from invertune.sections import Inversion
-from invertune.training import TrainingError, batch_indices, generator, progress
-from invertune.transfer import with_rows
+from invertune.terminal import progress
+from invertune.training import TrainingError
 
 LOG_EVERY = 5
 TERMS = ("align", "emb", "sim", "mask", "loss")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invertune.training import generator
+from invertune.sampling import generator
 
 
 @dataclass(frozen=True, eq=False)

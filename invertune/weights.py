@@ -21,19 +21,17 @@ import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
 from invertune.checkpoints import import_checkpoint
+from invertune.files import REPOSITORY, locked, write_atomic
 from invertune.models import (
     MERGES,
     MODEL_FOLDER,
     WEIGHTS,
-    WEIGHTS_LOCK,
     Clip,
     ModelError,
     assemble,
     build_clip,
     image_features,
     load_tokenizer,
-    locked_hash,
-    record_hash,
     set_state,
     text_features,
 )
@@ -42,6 +40,7 @@ from invertune.sections import EMBEDDED
 
 OPENAI = "openai"
 RESTORE = "restore it with: git checkout data/mini/models"
+WEIGHTS_LOCK = REPOSITORY / "params" / "weights.lock"
 CONFIGURATION = (".json", ".txt", ".model")  # of open_clip, and of a tokenizer of transformers
 
 
@@ -233,3 +232,15 @@ def _hub_file(repository: str, backbone: str, weights: str) -> Path:
 
 def _command(repository: str) -> str:
     return f"hf download {repository} {WEIGHTS}"
+
+
+def locked_hash(name: str) -> str | None:
+    """SHA-256 recorded for a shipped backbone or a hub repository; None for no record."""
+    return json.loads(WEIGHTS_LOCK.read_text()).get(name)
+
+
+def record_hash(name: str, digest: str) -> None:
+    """Records the SHA-256 of a file that was just written or downloaded."""
+    with locked(WEIGHTS_LOCK):
+        known = json.loads(WEIGHTS_LOCK.read_text()) | {name: digest}
+        write_atomic(WEIGHTS_LOCK, (json.dumps(known, indent=2, sort_keys=True) + "\n").encode())

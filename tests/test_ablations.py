@@ -26,7 +26,7 @@ from invertune.kernels import compose
 from invertune.perturbations import as_trigger, paste
 from invertune.plan import planned
 from invertune.reports import full_mask
-from invertune.results import read_results, to_frame
+from invertune.results import read_paper, to_frame
 from invertune.sections import WEIGHTS
 from invertune.settings import changed, compared, load_settings
 from invertune.store import entries
@@ -111,7 +111,7 @@ def test_table2_has_a_row_per_attack_weight_and_metric(
 
 
 def test_the_papers_tables_can_be_shown_beside_ours() -> None:
-    mini, paper = open_chain(load_settings("mini")), read_results(ROOT / "expected" / "paper.csv")
+    mini, paper = open_chain(load_settings("mini")), read_paper()
     table2 = ablations.table2(mini, paper)
     assert table2.shape == (16, 2 + 6) and not table2.isna().any().any()
     assert ablations.table3(mini, paper).shape == (16, 3 + 6)

@@ -13,11 +13,11 @@ from invertune.attacks import ATTACKS, Victim, badclip, badencoder, optimize_pat
 from invertune.data import Pairs
 from invertune.models import clone, image_features
 from invertune.pictograms import Scene, caption_scene, labeled_scene
+from invertune.prefetch import Prefetcher
 from invertune.sections import EMBEDDED, Attack
 from invertune.settings import load_settings
 from invertune.sprites import load_sprites
 from invertune.training import TrainingError
-from invertune.transfer import Ahead
 from invertune.weights import load_clip
 
 
@@ -112,7 +112,7 @@ def test_a_thread_prepares_the_same_batches(
     quick = {"steps": 3, "batch": 16, "warmup_steps": 0}
     settings = _settings(**{name: quick | ({"patch_steps": 3} if name == "badclip" else {})})
     whole = ATTACKS[name](victim, settings, 0, tmp_path / "whole")
-    monkeypatch.setattr(attacks, "Ahead", functools.partial(Ahead, threaded=True))
+    monkeypatch.setattr(attacks, "Prefetcher", functools.partial(Prefetcher, threaded=True))
     again = ATTACKS[name](victim, settings, 0, tmp_path / "again")
     assert again.log == whole.log and again.trigger is not None and whole.trigger is not None
     assert torch.equal(again.trigger.tensors["patch"], whole.trigger.tensors["patch"])

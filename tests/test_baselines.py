@@ -19,10 +19,10 @@ from invertune.baselines import BASELINES, cleanclip, defend, schedule
 from invertune.data import Pairs
 from invertune.losses import cut_off, feature_distance, in_modal_loss, sub_caption_loss
 from invertune.models import MODEL_FOLDER, Clip, build_clip, clone, image_features, zero_shot_head
+from invertune.prefetch import Prefetcher
 from invertune.sections import Baselines
 from invertune.settings import load_settings
 from invertune.training import Recipe, TrainingError, choose_lr, fit, pair_features
-from invertune.transfer import Ahead
 
 NAMES = ("apple", "cow", "star", "door", "mushroom")
 TARGET = 4
@@ -258,8 +258,8 @@ def test_a_thread_prepares_the_same_batches(name: str, monkeypatch: pytest.Monke
     """As on a GPU: what a thread draws is not disturbed by the training beside it."""
     case, few = planted(), quick(steps=4)
     whole = BASELINES[name](case.clip, case.pairs, few, 0.001, 1, None)
-    threaded = functools.partial(Ahead, threaded=True)
-    monkeypatch.setattr("invertune.baselines.Ahead", threaded)
+    threaded = functools.partial(Prefetcher, threaded=True)
+    monkeypatch.setattr("invertune.baselines.Prefetcher", threaded)
     again = BASELINES[name](case.clip, case.pairs, few, 0.001, 1, None)
     assert again.log == whole.log
     for key, tensor in whole.clip.net.state_dict().items():

@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from invertune.claims import CLAIMS, ClaimError, decide, judge, load_claims, parse_claim, shown
-from invertune.provenance import REPOSITORY
-from invertune.results import read_results, row, to_frame
+from invertune.results import read_paper, row, to_frame
 
-PAPER = read_results(REPOSITORY / "expected" / "paper.csv")
+PAPER = read_paper()
 RAW = {
     "id": "t.x",
     "text": "words",

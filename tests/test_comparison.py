@@ -8,7 +8,7 @@ from invertune import comparison, defenses, reports, steps, tables
 from invertune.chain import Chain, open_chain
 from invertune.figures import DEFENSE_COLORS
 from invertune.plan import invertune_passes
-from invertune.results import read_results, to_frame
+from invertune.results import read_paper, to_frame
 from invertune.settings import load_settings
 
 SETTINGS = {
@@ -36,12 +36,12 @@ def test_table_1_has_a_line_per_task_metric_and_defense(chain: Chain, rows: pd.D
     assert list(table.defense) == ["No defense", "FT", "PAR", "InverTune"] * 4
     elsewhere = rows.assign(backbone="RN101", value=0.0)
     pd.testing.assert_frame_equal(comparison.table1(chain, pd.concat([rows, elsewhere])), table)
-    paper = read_results(reports.REPOSITORY / "expected" / "paper.csv")
+    paper = read_paper()
     assert comparison.table1(chain, paper).shape == (24, 9)
 
 
 def test_the_summary_names_what_each_defense_costs(chain: Chain, rows: pd.DataFrame) -> None:
-    paper = read_results(reports.REPOSITORY / "expected" / "paper.csv")
+    paper = read_paper()
     table = comparison.summary_table(chain, rows, paper).set_index("defense")
     own = chain.settings
     assert table.loc["FT", "images available"] == own.baselines.pairs

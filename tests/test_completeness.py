@@ -14,10 +14,10 @@ import yaml
 from PIL import Image
 
 from invertune.claims import load_claims
-from invertune.models import locked_hash
 from invertune.reports import IDENTIFICATION_TABLES, LAYER_TABLES
 from invertune.sections import BACKBONES, Settings
 from invertune.settings import load_settings
+from invertune.weights import locked_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 STARTED_S = time.time()  # when tests are collected: before any notebook of this session runs

@@ -21,9 +21,10 @@ from invertune.baselines import BASELINES
 from invertune.chain import DeviceMemoryError
 from invertune.data import Pairs
 from invertune.models import Clip
+from invertune.sampling import generator
 from invertune.settings import load_settings
 from invertune.store import entries
-from invertune.training import Recipe, contrastive_loss, finetune, fit, generator, pair_features
+from invertune.training import Recipe, contrastive_loss, finetune, fit, pair_features
 
 SIZE, BATCH = 32, 8
 VIT = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 16, "image_size": SIZE}

@@ -15,12 +15,11 @@ from invertune import ablations, comparison, generalization, passing_claims, rep
 from invertune import chain as chains
 from invertune import data as datasets
 from invertune.evaluation import RECALL_KS
-from invertune.models import locked_hash
-from invertune.provenance import REPOSITORY
+from invertune.files import REPOSITORY
 from invertune.sections import BACKBONES, EMBEDDED, INVERSION_SWITCHES, TUNING_SWITCHES, WEIGHTS
 from invertune.settings import compared, load_settings
 from invertune.store import artifact_key
-from invertune.weights import load_clip
+from invertune.weights import load_clip, locked_hash
 
 PUBLISHED = REPOSITORY / "expected" / "mini.csv"
 LAYER = "visual.layer4"

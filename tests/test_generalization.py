@@ -15,10 +15,10 @@ from invertune import data as datasets
 from invertune import defenses, generalization, passing_claims, pictograms, reports, steps
 from invertune.chain import Chain, Defender, class_list, open_chain, pool
 from invertune.generalization import NOT_SHIPPED
-from invertune.models import locked_hash
 from invertune.results import to_frame
 from invertune.settings import load_settings
 from invertune.sprites import load_sprites
+from invertune.weights import locked_hash
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from invertune import kernels, models
-from invertune.kernels import compose, frozen_copy, gaussian_band, ssim_statistics, ssim_with
+from invertune.kernels import compose, gaussian_band, ssim_statistics, ssim_with
+from invertune.models import frozen_copy
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from invertune import data as datasets
-from invertune import models, weights
+from invertune import weights
 from invertune.models import (
     MODEL_FOLDER,
     WEIGHTS,
@@ -67,9 +67,9 @@ def test_one_flipped_bit_in_the_weights_is_noticed(
 def test_hashes_recorded_at_once_are_all_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "WEIGHTS_LOCK", tmp_path / "weights.lock")
-    models.WEIGHTS_LOCK.write_text("{}")
+    monkeypatch.setattr(weights, "WEIGHTS_LOCK", tmp_path / "weights.lock")
+    weights.WEIGHTS_LOCK.write_text("{}")
     names = [f"model {number}" for number in range(60)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(models.record_hash, names, names))
-    assert json.loads(models.WEIGHTS_LOCK.read_text()) == dict(zip(names, names, strict=True))
+        list(pool.map(weights.record_hash, names, names))
+    assert json.loads(weights.WEIGHTS_LOCK.read_text()) == dict(zip(names, names, strict=True))

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from invertune import transfer
+from invertune import prefetch
 from invertune.models import embed_images
 from invertune.perturbations import MAKERS, View
 from invertune.sections import EMBEDDED
@@ -22,5 +22,7 @@ def test_a_thread_prepares_the_same_batches(kind: str, monkeypatch: pytest.Monke
     features = embed_images(clip, images)
     view = View(clip, images, features, features.roll(1, 0))
     made = MAKERS[kind](view, settings, 0)
-    monkeypatch.setattr(transfer, "Ahead", functools.partial(transfer.Ahead, threaded=True))
+    monkeypatch.setattr(
+        prefetch, "Prefetcher", functools.partial(prefetch.Prefetcher, threaded=True)
+    )
     assert torch.equal(MAKERS[kind](view, settings, 0), made)

@@ -14,8 +14,9 @@ from invertune import data, models
 from invertune.activations import candidate_layers, prefix_to, tail_from
 from invertune.chain import STEP_VERSIONS, open_chain, pretrained
 from invertune.models import Clip, embed_images, text_features
+from invertune.sampling import generator
 from invertune.settings import SettingsError, load_settings
-from invertune.training import Recipe, contrastive_loss, fit, generator, pair_features
+from invertune.training import Recipe, contrastive_loss, fit, pair_features
 from invertune.trigger_inversion import Run, invert_triggers
 
 GAP = 1e-3  # 1 - cosine; 8 bits of mantissa give 2e-6 to 7e-5 with the shipped weights

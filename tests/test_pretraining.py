@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from invertune.augment import augment
 from invertune.chain import open_chain, pretrained
+from invertune.files import REPOSITORY
 from invertune.models import WEIGHTS, ModelError
 from invertune.plan import planned
-from invertune.pretraining import balanced_indices
-from invertune.provenance import REPOSITORY
+from invertune.sampling import balanced_indices
 from invertune.settings import load_settings
 from invertune.store import entries
 from invertune.weights import untrained_clip

@@ -314,7 +314,9 @@ def test_changed_images_stay_in_memory(root, tmp_path) -> None:
 def test_damage_is_counted_and_skipped(root, tmp_path, capsys) -> None:
     (root / "cc3m").unlink()
     (root / "cc3m").mkdir()
-    first = min(range(60), key=lambda n: layouts.place(0, f"00000/{n:09}"))  # surely poisoning
+    first = min(
+        range(60), key=lambda n: layouts.hash_position(0, f"00000/{n:09}")
+    )  # surely poisoning
     write_shard(root / "cc3m/00000.tar", range(60), damaged=first)
     write_shard(root / "cc3m/00001.tar", range(60, 120))
     whole = (root / "cc3m/00001.tar").read_bytes()

@@ -9,8 +9,7 @@ import pytest
 
 from invertune import exhibits
 from invertune.chain import open_chain
-from invertune.provenance import REPOSITORY
-from invertune.results import ResultsError, read_results, row, to_frame
+from invertune.results import ResultsError, read_paper, row, to_frame
 from invertune.settings import load_settings
 from invertune.tables import (
     by_seed,
@@ -26,7 +25,7 @@ from invertune.tables import (
     write_table,
 )
 
-PAPER = read_results(REPOSITORY / "expected" / "paper.csv", "paper")
+PAPER = read_paper()
 TABLE1 = PAPER[PAPER["paper_item"] == "table1"]
 
 

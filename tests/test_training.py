@@ -1,4 +1,4 @@
-"""The training loop: schedule, batches, resuming, and the contrastive loss."""
+"""The training loop: schedule, resuming, and the contrastive loss; what a batch holds."""
 
 import math
 from pathlib import Path
@@ -10,15 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from invertune import training
-from invertune.training import (
-    Recipe,
-    TrainingError,
-    batch_indices,
-    contrastive_loss,
-    fit,
-    generator,
-    pair_indices,
-)
+from invertune.sampling import batch_indices, generator, pair_indices
+from invertune.training import Recipe, TrainingError, contrastive_loss, fit
 
 
 def test_contrastive_loss_equals_a_slow_float64_version() -> None:

@@ -16,9 +16,10 @@ from invertune import models, trigger_inversion
 from invertune.kernels import ssim_statistics
 from invertune.losses import align_loss, emb_loss, similarity_loss, sparsity_loss
 from invertune.models import Clip, embed_images, image_features
+from invertune.sampling import batch_indices
 from invertune.sections import Inversion
 from invertune.settings import load_settings
-from invertune.training import TrainingError, batch_indices
+from invertune.training import TrainingError
 from invertune.trigger_inversion import (
     InvertedTrigger,
     Run,

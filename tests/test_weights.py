@@ -51,7 +51,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "refs/main").write_text(COMMIT)
     (folder / "snapshots" / COMMIT).mkdir(parents=True)
     (tmp_path / "weights.lock").write_text('{\n  "RN50": "d6"\n}\n')
-    monkeypatch.setattr(models, "WEIGHTS_LOCK", tmp_path / "weights.lock")
     monkeypatch.setattr(weights, "WEIGHTS_LOCK", tmp_path / "weights.lock")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -73,7 +72,7 @@ def test_openais_weights_come_from_the_cache_and_stay_what_they_were(
     assert "not recorded yet" in state("RN50", "openai")
     model = pretrained(chain)
     assert model.key == digest and digest in capsys.readouterr().out
-    assert json.loads(models.WEIGHTS_LOCK.read_text()) == {"RN50": "d6", REPOSITORY: digest}
+    assert json.loads(weights.WEIGHTS_LOCK.read_text()) == {"RN50": "d6", REPOSITORY: digest}
     assert load_clip("RN50", f"file:{hub}")[1] == digest
     assert state("RN50", "openai") == f"found ({REPOSITORY}), SHA-256 recorded"
 
@@ -92,7 +91,7 @@ def test_openais_weights_come_from_the_cache_and_stay_what_they_were(
     changed = hashlib.sha256(content).hexdigest()
     with pytest.raises(ModelError, match=rf"refused: its SHA-256 is {changed}, but .*{digest}"):
         pretrained(chain).load()
-    assert json.loads(models.WEIGHTS_LOCK.read_text())[REPOSITORY] == digest
+    assert json.loads(weights.WEIGHTS_LOCK.read_text())[REPOSITORY] == digest
 
 
 def test_missing_weights_are_named_and_a_pickle_does_not_replace_them(hub: Path) -> None:
@@ -143,7 +142,7 @@ def test_what_the_weights_mean_is_part_of_the_key(tmp_path: Path) -> None:
     merges = own["merges"] / MERGES
     merges.write_bytes(gzip.compress(b"\n".join(gzip.decompress(merges.read_bytes()).split(b"\n"))))
     keys = [key(shipped), *map(key, own.values())]
-    assert keys[0] == models.locked_hash("RN50") and len(set(keys)) == len(keys)
+    assert keys[0] == weights.locked_hash("RN50") and len(set(keys)) == len(keys)
     assert key(rewritten(tmp_path / "again", **other)) == keys[1]
 
 
@@ -323,7 +322,7 @@ def test_a_snapshot_of_the_hub_links_to_its_blobs(tmp_path: Path) -> None:
     snapshot.mkdir(parents=True)
     for path in blobs.iterdir():
         (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
-    assert load_clip("RN50", f"local-dir:{snapshot}")[1] == models.locked_hash("RN50")
+    assert load_clip("RN50", f"local-dir:{snapshot}")[1] == weights.locked_hash("RN50")
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:

@@ -19,11 +19,10 @@ from typing import Any
 
 from invertune import plan
 from invertune.__main__ import explain, show_plan
-from invertune.files import hold, open_lock
+from invertune.files import REPOSITORY, hold, open_lock, write_atomic
 from invertune.sections import EMBEDDED, PICTOGRAMS, PRETRAINED, Settings
 from invertune.settings import SettingsError, load_settings
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 FAILED, WRONG, BUSY = 1, 2, 3
 
 
@@ -119,7 +118,8 @@ def run_all(
         _fill(notebook.stem, settings, overrides, jobs)
         execute(notebook, output, {"profile": settings.profile, "overrides": overrides}, root)
         _page(settings, root)
-        _replace(stamp, json.dumps({"inputs": inputs, **_left(settings.profile, root, store)}))
+        left = {"inputs": inputs, **_left(settings.profile, root, store)}
+        write_atomic(stamp, json.dumps(left).encode())
         print(f"{notebook.stem}: done in {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -209,12 +209,6 @@ def _finished(stamp: Path, inputs: str, root: Path, store: Path) -> bool:
     return (
         left["inputs"] == inputs and there and all((store / k).is_dir() for k in left["artifacts"])
     )
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":

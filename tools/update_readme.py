@@ -14,8 +14,8 @@ from typing import get_args
 import pandas as pd
 
 from invertune.claims import judge, load_claims
+from invertune.files import REPOSITORY
 from invertune.gallery import claims_counted, named_seeds, page
-from invertune.provenance import REPOSITORY
 from invertune.results import read_results
 from invertune.sections import Attack
 from invertune.settings import load_settings

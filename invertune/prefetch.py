@@ -13,7 +13,7 @@ from torch import Tensor
 Batch = tuple[Tensor, ...]
 
 
-class Ahead:
+class Prefetcher:
     """``batch_at(number)`` on ``device``; while a GPU works, a thread prepares the next number's.
 
     Prepared means selected and in pinned memory, which is copied without waiting. An error of
@@ -54,6 +54,6 @@ class Ahead:
         )
 
 
-def with_rows(images: Tensor, rows_at: Callable[[int], Tensor], device: torch.device) -> Ahead:
+def with_rows(images: Tensor, rows_at: Callable[[int], Tensor], device: torch.device) -> Prefetcher:
     """Of each number, the ``images`` at its rows, and these."""
-    return Ahead(lambda n: (images[(rows := rows_at(n)).to(images.device)], rows), device)
+    return Prefetcher(lambda n: (images[(rows := rows_at(n)).to(images.device)], rows), device)

@@ -1,0 +1,20 @@
+"""What a terminal shows: progress bars, and text from outside without control characters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress(items: Iterable[Any], label: str, start: int = 0, total: int | None = None) -> Any:
+    """A progress bar over ``items``; silent when INVERTUNE_PROGRESS=0."""
+    off = os.environ.get("INVERTUNE_PROGRESS") == "0"
+    return tqdm(items, desc=label, initial=start, total=total, disable=off, mininterval=1)
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes for what a terminal would obey or cannot show."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
