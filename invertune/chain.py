@@ -26,6 +26,7 @@ from invertune.weights import load_clip, untrained_clip
 STEP_VERSIONS = {
     "pretraining": 1,
     "attack": 2,
+    "attack blended": 3,  # its pattern was the mask that inversion began with
     "identification": 2,
     "inversion": 1,
     "sweep": 1,
@@ -137,7 +138,7 @@ class Chain:
         found = obtain(
             self.store,
             step,
-            STEP_VERSIONS[step],
+            STEP_VERSIONS.get(f"{step} {name}", STEP_VERSIONS[step]),
             {**settings, **self._given(step), "seed": seed},
             list(upstream),
             datasets.manifest(self.settings.data),
@@ -160,11 +161,11 @@ class Chain:
     def _given(self, step: str) -> dict[str, Any]:
         """What a precision below float32 and another defender add to a key.
 
-        A defender adds nothing to an attack's, so that it is shared.
+        A defender adds nothing to what comes before the defense, so that it is shared.
         """
         own = self.settings.precision
         given = {} if own == "float32" else {"precision": own}
-        defender = {} if step == "attack" else asdict(self.defender)
+        defender = {} if step in ("pretraining", "attack") else asdict(self.defender)
         return given | {k: v for k, v in defender.items() if v}
 
 
@@ -213,10 +214,16 @@ def _trained_here(chain: Chain) -> Model:
         clip, log = train_clean(chain, untrained, work)
         return {"weights": clip.net.state_dict()}, {"log": log}
 
-    recipe = own.pretraining.model_dump(mode="json")
-    keyed = {"backbone": own.backbone, **recipe, "pairs": data.pretraining_pairs}
-    artifact = chain.run("pretraining", keyed, [], compute, data.seed, own.backbone)
+    artifact = chain.run(
+        "pretraining", pretraining_recipe(own), [], compute, data.seed, own.backbone
+    )
     return Model(untrained, artifact.key, None).after(artifact, "the clean model")
+
+
+def pretraining_recipe(settings: Settings) -> dict[str, Any]:
+    """What a clean model's weights depend on, beside the data and the precision."""
+    recipe = settings.pretraining.model_dump(mode="json")
+    return {"backbone": settings.backbone, **recipe, "pairs": settings.data.pretraining_pairs}
 
 
 def train_clean(

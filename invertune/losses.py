@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from invertune.kernels import SsimStatistics, ssim_with
-from invertune.training import MAX_LOGIT_SCALE
 
 
 def align_loss(features: Tensor, head: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -99,7 +98,7 @@ def in_modal_loss(
     Unit features [N, D] of the originals and of their augmented versions. Mean of two one-way
     cross-entropies (rows: originals, columns: augmented) at the model's logit scale.
     """
-    scale = logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+    scale = logit_scale.exp()
     labels = torch.arange(len(images), device=images.device)
     image = F.cross_entropy(scale * images @ other_images.T, labels)
     return (image + F.cross_entropy(scale * texts @ other_texts.T, labels)) / 2
@@ -115,7 +114,7 @@ def sub_caption_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tens
         return images.sum()
     logits = (texts @ images[:, :, None]).squeeze(2)
     labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    return F.cross_entropy(logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * logits, labels)
+    return F.cross_entropy(logit_scale.exp() * logits, labels)
 
 
 def feature_distance(features: Tensor, original: Tensor) -> Tensor:

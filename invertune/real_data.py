@@ -28,6 +28,7 @@ from invertune.layouts import (
     OWN_LAYOUT,
     SHARE,
     TRAIN_PARTS,
+    WORDNET_FILES,
     Chosen,
     DataError,
     class_folders,
@@ -100,7 +101,7 @@ def manifest(data: Data) -> str:
 
 @functools.lru_cache(maxsize=4)
 def fingerprint(root: Path, own: bool = False) -> str:
-    """A hash of the files below ``root``: names and sizes; a CSV's and the captions' content.
+    """A hash of the files below ``root``: names and sizes; of CSV, captions and words the content.
 
     ``own``: a user's class folders.
     """
@@ -123,6 +124,8 @@ def _inventory(root: Path) -> Iterator[str]:
         yield from (f"{split} {line}" for line in _class_files(folders))
     yield from (f"{name} {size}" for name, size in image_files(root / "coco/val2017"))
     yield file_hash(root / CAPTIONS)
+    words = (root / "wordnet" / name for name in WORDNET_FILES)
+    yield from (file_hash(path) for path in words if path.is_file())
 
 
 def _class_files(folders: Iterable[Path]) -> Iterator[str]:
@@ -271,7 +274,7 @@ def _part(data: Data, name: str, count: int, store: Path, choose: Callable[[Path
     artifact = find()
     if not distributed.from_first(_complete(artifact)):
         if distributed.first():
-            shutil.rmtree(artifact.folder)
+            shutil.rmtree(artifact.folder, ignore_errors=True)  # by another job, just now
         artifact = find()
     file = _pixels(artifact)
     labels = artifact.tensors("labels")["labels"]

@@ -7,6 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
+PAIRS = 2**20  # away from every user's seed
+
 
 class BatchError(ValueError):
     """A data set smaller than a batch, with both sizes."""
@@ -59,7 +61,9 @@ def pair_indices(count: int, batch: int, seed: int, step: int, cycled: bool) -> 
     """Indices [batch] of caption pairs: ``block_indices`` where consecutive items show different
     classes (``cycled``), else ``batch_indices``, as CLIP and CleanCLIP shuffle.
     """
-    return (block_indices if cycled else batch_indices)(count, batch, seed, step)
+    if cycled:
+        return block_indices(count, batch, seed, step)
+    return batch_indices(count, batch, seed + PAIRS, step)  # not the order that chose the poison
 
 
 @functools.lru_cache(maxsize=4)

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from invertune import distributed
+from invertune.files import sync
 from invertune.models import Clip, image_features, to_pixels, token_features
 from invertune.prefetch import Batch, Prefetcher
 from invertune.sampling import pair_indices
@@ -87,6 +88,9 @@ def fit(
     every ``save_every`` steps, None: ten times a run, but at least 100 steps apart. Returns the
     log, a row per ``log_every`` steps. Raises ``TrainingError`` at the first loss or
     gradient that is not finite, before it reaches the weights or the checkpoint.
+
+    A step ends with CLIP's limit of 100 on its scale of logits, or where that began if higher.
+    Clamped in the loss instead, a scale at the limit would get no gradient, and OpenAI's are there.
     """
     save_every = save_every or max(SAVED_APART, recipe.steps // SAVES)
     distributed.share_batch_norm(net)
@@ -98,6 +102,8 @@ def fit(
     optimizer = torch.optim.AdamW(
         groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
     )
+    scale = parameters.get("logit_scale")
+    limit = MAX_LOGIT_SCALE if scale is None else max(MAX_LOGIT_SCALE, scale.item())
     start, log = _resume(net, parameters, optimizer, checkpoint)
     for step in progress(range(start, recipe.steps), label, start, recipe.steps):
         for group in optimizer.param_groups:
@@ -113,6 +119,8 @@ def fit(
                 f"{slope.item()} at step {step} of {recipe.steps}; lower lr (now {recipe.lr:g})"
             )
         optimizer.step()
+        if scale is not None:
+            scale.data.clamp_(max=limit)
         if step % log_every == 0 or step == recipe.steps - 1:
             log.append({"step": step, **{k: v.item() for k, v in terms.items()}})
         if checkpoint and distributed.first() and (step + 1) % save_every == 0:
@@ -135,6 +143,7 @@ def _save(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
     save_file(tensors, temporary, {"step": str(step), "log": json.dumps(log)})
+    sync(temporary)
     os.replace(temporary, path)
 
 
@@ -147,7 +156,12 @@ def _resume(
     if path is None or not path.exists():
         return 0, []
     device = next(iter(parameters.values())).device
-    with safe_open(path, "pt", device=str(device)) as file:
+    try:
+        opened = safe_open(path, "pt", device=str(device))
+    except SafetensorError as error:  # cut off, by a loss of power for example
+        print(f"{path} is damaged ({error}); training begins anew", flush=True)
+        return 0, []
+    with opened as file:
         meta = file.metadata()
         step = int(meta["step"])
         net.load_state_dict({k: file.get_tensor(f"net.{k}") for k in net.state_dict()})
@@ -162,8 +176,8 @@ def _resume(
 
 
 def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE of unit features [N, D] (CLIP, figure 3); the scale is clamped at 100."""
-    logits = logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * image @ text.T
+    """Symmetric InfoNCE of unit features [N, D] (CLIP, figure 3)."""
+    logits = logit_scale.exp() * image @ text.T
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 

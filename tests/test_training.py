@@ -31,11 +31,16 @@ def test_contrastive_loss_equals_a_slow_float64_version() -> None:
     assert contrastive_loss(image, text, scale).item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_logit_scale_is_clamped_at_100() -> None:
-    features = torch.eye(3)
-    huge = contrastive_loss(features, features.roll(1, 0), torch.tensor(20.0))
-    at_100 = contrastive_loss(features, features.roll(1, 0), torch.tensor(math.log(100)))
-    assert torch.equal(huge, at_100)
+@pytest.mark.parametrize("start", [math.log(100), 4.7])
+def test_the_logit_scale_can_fall_from_its_limit_but_not_rise(start: float) -> None:
+    ends = []
+    for sign in (1, -1):
+        net = torch.nn.Module()
+        net.logit_scale = torch.nn.Parameter(torch.tensor(start))
+        recipe = Recipe(5, 0.01, weight_decay=0, schedule="constant")
+        fit(net, lambda step, net=net, sign=sign: {"loss": sign * net.logit_scale.exp()}, recipe)
+        ends.append(net.logit_scale.item())
+    assert ends == pytest.approx([start - 0.05, start], abs=1e-4)
 
 
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 5))
