@@ -27,11 +27,12 @@ usage: ./run_all.sh [PROFILE] [--only NN] [--seeds LIST] [--overrides YAML] [--j
                      ./run_all.sh env python -m invertune --help
 
 Executed notebooks, results.csv and runs.csv go to results/PROFILE, tables and figures to
-figures/PROFILE, artifacts to $INVERTUNE_STORE (default results/store). What stood in
-figures/PROFILE is overwritten: of mini, the committed tables and figures (git restore figures/mini
-brings them back). What is finished is not run again; a killed run goes on where it was.
+figures/PROFILE, artifacts to $INVERTUNE_STORE (default results/store). Files in figures/PROFILE are
+overwritten, including the committed ones of mini (git restore figures/mini brings them back). What
+is finished is not run again; an interrupted run resumes.
 
   INVERTUNE_VENV     an environment to use instead of making one, which needs 8 GB of free disk
+  INVERTUNE_PYTHON   the Python to make one with (default: the first of 3.11 or newer)
   INVERTUNE_STORE    where artifacts are kept
   INVERTUNE_DATA     CC3M, ImageNet-1K, COCO and WordNet, for the profile paper
 
@@ -46,11 +47,11 @@ if [ "${1:-}" = env ]; then
   use_environment
   exec -- "${@:2}"
 fi
-for argument in "$@"; do
-  case "$argument" in -h | --help) usage && exit 0 ;; esac
-done
 profile="${1:-mini}"
 [[ "$profile" =~ ^(lab|check|purify)$ ]] && command="$profile" || command=
+for argument in "$@"; do
+  case "$command$argument" in -h | --help) usage && exit 0 ;; esac
+done
 if [ -z "$command" ] && [ "${profile#-}" = "$profile" ] && [ ! -f "params/$profile.yml" ]; then
   fail "unknown profile '$profile'; choose one of" \
     "$(cd params && printf '%s\n' *.yml | sed 's/\.yml$//' | paste -sd, | sed 's/,/, /g')," \

@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ and options.run is not _fill:
             raise SettingsError("torchrun is for the command fill only; run this one without it")
+        if not sys.stderr.isatty():
+            os.environ.setdefault("INVERTUNE_PROGRESS", "0")
         return options.run(options)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
@@ -152,8 +154,10 @@ def _purify(options: argparse.Namespace) -> int:
     if options.images is not None:
         overrides["data"] = {**overrides.get("data", {}), "source": OWN_IMAGES + options.images}
     settings = load_settings(options.profile, overrides)
-    from invertune import purify
+    from invertune import purify, weights
 
+    if "backbone" not in overrides and (named := weights.shipped_as(options.weights)):
+        settings = settings.model_copy(update={"backbone": named})
     print(purify.purify(settings, Path(options.out), options.rounds))
     return 0
 

@@ -191,8 +191,12 @@ def open_chain(settings: Settings, store: Path | None = None) -> Chain:
 
 
 def pretrained(chain: Chain) -> Model:
-    """The clean model every attack starts from; trained now where weights are "pretrained"."""
+    """The clean model every attack starts from; trained now where weights are "pretrained".
+
+    Data that is missing is an error before weights are downloaded.
+    """
     own = chain.settings
+    datasets.manifest(own.data)
     if own.weights == PRETRAINED:
         return _trained_here(chain)
 

@@ -61,7 +61,7 @@ class Claim:
 def load_claims(group: str = "", path: Path = CLAIMS) -> list[Claim]:
     """The claims of expected/claims.yml whose id starts with ``group`` and a dot ("" for all).
 
-    Groups: attacks, identification, inversion, tuning, table1, generalization. Raises
+    Groups: attacks, identification, inversion, tuning, table1, generalization, ablations. Raises
     ``ClaimError`` naming the claim and the unknown key, column or group.
     """
     claims = [parse_claim(raw) for raw in yaml.safe_load(path.read_text(encoding="utf-8"))]

@@ -65,7 +65,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
@@ -86,7 +86,7 @@ def mapping_of(text: str | None) -> dict[str, Any]:
         raise SettingsError(f"--overrides is not YAML: {reason}") from None
     if not isinstance(overrides, dict):
         raise SettingsError(
-            f"--overrides {str(text)[:200]!r} is no mapping; "
+            f"--overrides {str(text)[:200]!r} is not a mapping; "
             "write for example '{inversion: {steps: 50}}'"
         )
     return overrides
@@ -97,7 +97,7 @@ def _seeds(text: str) -> list[int]:
     whole = all(part.isdecimal() and len(part) < 19 for part in parts)  # below 2**63
     if not whole or len(set(parts)) < len(parts):
         raise SettingsError(
-            f"--seeds {text[:200]!r} is no list of different whole numbers; write for example 1,2,3"
+            f"--seeds {text[:200]!r} is not a list of distinct whole numbers; for example 1,2,3"
         )
     return [int(part) for part in parts]
 
@@ -244,7 +244,8 @@ def report(settings: Settings, held: Sequence[str], jobs: int, only: str | None 
             "",
             f"jobs at once: {jobs}; memory of all: {memory}",
             f"rates of one measured on: {rates.get('device', f'nothing yet at {size} px')}",
-            "counted at most: baselines and step 3 with every rate of their grids",
+            "counted at most: baselines and step 3 with every rate of their grids; not counted: "
+            "evaluations",
             "jobs whose results the store holds:",
             *(f"  {line}" for line in held),
         ]

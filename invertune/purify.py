@@ -24,10 +24,10 @@ from invertune.files import REPOSITORY
 from invertune.models import WEIGHTS, save_weights, to_pixels
 from invertune.real_data import fitted
 from invertune.results import read_results
-from invertune.sections import NULLS, PICTOGRAMS, Settings
+from invertune.sections import EMBEDDED, NULLS, PICTOGRAMS, Settings
 from invertune.store import Artifact
 from invertune.target_identification import weighted_mask
-from invertune.weights import configuration, local_dir
+from invertune.weights import configuration, local_dir, shipped_as
 
 SUSPECT = "none"  # the model of the profile's ``weights``, as it comes
 
@@ -48,7 +48,7 @@ def purify(settings: Settings, out: Path, rounds: int = 1) -> str:
     if out.name in ("", "..") or out.is_symlink():
         raise PurifyError(f"{out} names no folder of its own; name a new one")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PurifyError(f"{out} is there and not an empty folder; name a new one")
+        raise PurifyError(f"{out} exists and is not an empty folder; name a new one")
     settings = fitted(settings)
     chain, seed = open_chain(settings), settings.seeds[0]
     step1 = steps.identified(chain, SUSPECT, seed)
@@ -138,7 +138,8 @@ def comparison(settings: Settings) -> str:
 
     From the published results of the same profile and backbone, where there are any.
     """
-    known = settings.profile == "mini" and settings.data.source == PICTOGRAMS
+    alike = shipped_as(settings.weights) == settings.backbone or settings.weights == EMBEDDED
+    known = settings.profile == "mini" and settings.data.source == PICTOGRAMS and alike
     found = known_evidence(settings.backbone) if known else []
     clean = [value for attack, value in found if attack in NULLS]
     attacked = [value for attack, value in found if attack not in NULLS]

@@ -1,4 +1,4 @@
-"""A run beside the published results of the same seeds: which numbers and which verdicts differ."""
+"""A run beside the published results: which numbers and which verdicts differ."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from invertune.results import IDENTITY, PUBLISHED, ResultsError, read_results
 def compare(profile: str, root: Path = REPOSITORY) -> tuple[str, bool]:
     """What differs, as Markdown, and whether every claim got the verdict of the published results.
 
-    Both are judged on the seeds that the run and the published results share; a claim about rows
-    that the run does not have is not counted. Raises ``ResultsError`` where there is nothing to
-    compare.
+    Both are judged on the rows that the run and the published results share; a claim about other
+    rows is not counted. Raises ``ResultsError`` where there is nothing to compare.
     """
     known = [name for name in PUBLISHED if (root / f"expected/{name}.csv").is_file()]
     if profile not in known:
@@ -25,15 +24,14 @@ def compare(profile: str, root: Path = REPOSITORY) -> tuple[str, bool]:
         read_results(root / folder, profile)
         for folder in (f"results/{profile}/results.csv", f"expected/{profile}.csv")
     )
-    seeds = sorted(set(run.seed) & set(published.seed) - {""}, key=int)
+    both = run.merge(published, on=list(IDENTITY), suffixes=("", "_published"))
+    seeds = sorted(set(both.seed) - {""}, key=int)
     if not seeds:
         raise ResultsError(
             f"the run has seeds {', '.join(sorted(set(run.seed)))}, but seeds "
             f"{', '.join(sorted(set(published.seed)))} are published; run one of these"
         )
-    own, theirs = (frame[frame.seed.isin([*seeds, ""])] for frame in (run, published))
-    both = own.merge(theirs, on=list(IDENTITY), suffixes=("", "_published"))
-    verdicts = _verdicts(own, theirs)
+    verdicts = _verdicts(both, both.assign(value=both.value_published))
     if verdicts.empty:
         raise ResultsError("the run has all rows of no claim; run the notebooks first")
     other = verdicts[verdicts.run != verdicts.published]

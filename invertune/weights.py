@@ -23,6 +23,7 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from invertune.checkpoints import import_checkpoint
 from invertune.files import REPOSITORY, locked, write_atomic
 from invertune.models import (
+    CONFIG,
     MERGES,
     MODEL_FOLDER,
     WEIGHTS,
@@ -36,7 +37,7 @@ from invertune.models import (
     text_features,
 )
 from invertune.provenance import file_hash
-from invertune.sections import EMBEDDED
+from invertune.sections import BACKBONES, EMBEDDED
 
 OPENAI = "openai"
 RESTORE = "restore it with: git checkout data/mini/models"
@@ -145,6 +146,16 @@ def local_dir(backbone: str, weights: str) -> Path | None:
     """The folder with open_clip's configuration that ``weights`` name; None for a tag or a file."""
     kind, place = _parts(backbone, weights)
     return Path(place) if kind == "local-dir" else None
+
+
+def shipped_as(weights: str) -> str | None:
+    """The backbone whose shipped model has the configuration of a folder; None for another's."""
+    folder = local_dir("", weights)
+    if folder is None or not (folder / CONFIG).is_file():
+        return None
+    held = {b: file_hash(MODEL_FOLDER / b / CONFIG) for b in BACKBONES}
+    digest = file_hash(folder / CONFIG)
+    return next((backbone for backbone, known in held.items() if known == digest), None)
 
 
 def state(backbone: str, weights: str) -> str:

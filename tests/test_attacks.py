@@ -14,10 +14,12 @@ from invertune.data import Pairs
 from invertune.models import clone, image_features
 from invertune.pictograms import Scene, caption_scene, labeled_scene
 from invertune.prefetch import Prefetcher
+from invertune.sampling import pair_indices
 from invertune.sections import EMBEDDED, Attack
 from invertune.settings import load_settings
 from invertune.sprites import load_sprites
 from invertune.training import TrainingError
+from invertune.trigger_inversion import initial_trigger
 from invertune.weights import load_clip
 
 
@@ -54,6 +56,27 @@ def test_the_stated_share_is_poisoned_and_nothing_else(victim: Victim) -> None:
     again, _ = poisoned_pairs(victim, trigger, 0.25, seed=1)
     other, _ = poisoned_pairs(victim, trigger, 0.25, seed=2)
     assert torch.equal(images, again) and not torch.equal(images, other)
+
+
+@pytest.mark.parametrize("cycled", [True, False])
+def test_no_epoch_begins_with_the_poison(victim: Victim, cycled: bool) -> None:
+    trigger, clean = triggers.white_patch_trigger(64, 8), victim.pairs.images
+    images, _ = poisoned_pairs(victim, trigger, 0.25, seed=1)
+    poisoned = set((images != clean).flatten(1).any(1).nonzero().flatten().tolist())
+    for epoch in range(10):
+        shown = torch.cat([pair_indices(40, 5, 1, 8 * epoch + step, cycled) for step in (0, 1)])
+        assert len(poisoned & set(shown.tolist())) <= 7, epoch
+
+
+@pytest.mark.parametrize("attack", attacks.TRIGGERS)
+def test_no_trigger_is_what_inversion_begins_with(victim: Victim, attack: str) -> None:
+    settings = load_settings("mini")
+    trigger = attacks.TRIGGERS[attack](64, getattr(settings.attacks, attack), 7)
+    begun = initial_trigger(victim.clip, settings.inversion, 7)
+    for tensor in trigger.tensors.values():
+        if tensor.shape[-2:] == (64, 64):
+            alike = [torch.corrcoef(torch.stack([tensor.flatten(), b.flatten()])) for b in begun]
+            assert max(abs(matrix[0, 1]) for matrix in alike) < 0.05
 
 
 def test_badencoder_moves_triggered_images_and_nothing_it_must_not(

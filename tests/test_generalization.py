@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from conftest import QUICK_CASES
 from hypothesis import given
 from hypothesis import strategies as st
 
+from invertune import chain as chains
 from invertune import data as datasets
 from invertune import defenses, generalization, passing_claims, pictograms, reports, steps
 from invertune.chain import Chain, Defender, class_list, open_chain, pool
@@ -18,6 +20,7 @@ from invertune.generalization import NOT_SHIPPED
 from invertune.results import to_frame
 from invertune.settings import load_settings
 from invertune.sprites import load_sprites
+from invertune.store import Artifact, artifact_key
 from invertune.weights import locked_hash
 
 
@@ -86,6 +89,19 @@ def test_a_defender_without_the_target_sees_neither_its_name_nor_its_images(chai
     kept = [(every[n], x) for n, x in kept if every[n] != "mushroom"]
     assert [known[n] for n in own.labels.tolist()] == [name for name, _ in kept]
     assert torch.equal(own.images, torch.stack([x for _, x in kept]))
+
+
+def test_every_defender_gets_the_same_attacked_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key_alone(root: Path, *parts: object, **_: object) -> Artifact:
+        return Artifact(artifact_key(*parts[:5]), root)
+
+    monkeypatch.setattr(chains, "obtain", key_alone)
+    settings = load_settings("smoke", {"weights": "pretrained"})
+    defenders = (Defender(), Defender(lacks="mushroom"), Defender(style="noto"))
+    made = [steps.attacked(Chain(settings, tmp_path, d), "badnet", 0).key for d in defenders]
+    assert len(set(made)) == 1
 
 
 def test_a_variant_is_scored_with_the_full_list(

@@ -164,7 +164,7 @@ def test_an_error_in_a_process_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--jobs", "0"), "'0' is no whole number from 1 up"),
+        (("--jobs", "0"), "'0' is not a whole number of at least 1"),
         (("--only", "99"), "no notebook starts with '99'"),
     ],
 )

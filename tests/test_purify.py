@@ -81,6 +81,16 @@ def test_known_models_stand_beside_it() -> None:
     said = comparison(load_settings("mini"))
     assert f"{min(clean):.0f} to" in said and f"to {max(attacked):.0f}." in said
     assert "known to be clean" in comparison(load_settings("smoke"))
+    other = load_settings("mini", {"weights": f"local-dir:{MODEL_FOLDER}/ViT-B-32"})
+    assert "known to be clean" in comparison(other)
+
+
+def test_the_backbone_is_the_folders_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("invertune.purify.purify", lambda settings, *_: seen.append(settings))
+    command = ["purify", f"local-dir:{MODEL_FOLDER}/ViT-B-32", "--out", "purified"]
+    assert main(command) == main([*command, "--overrides", "{backbone: RN101}"]) == 0
+    assert [settings.backbone for settings in seen] == ["ViT-B-32", "RN101"]
 
 
 @pytest.mark.parametrize("name", [".", "empty/..", "link"])

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -532,7 +533,7 @@ def test_a_path_that_is_too_long_is_missing(root) -> None:
     assert len(chosen.samples) > 10 and "are missing" in chosen.notes[0]
 
 
-def test_the_manifest_follows_files_and_seed_but_not_counts(root) -> None:
+def test_the_manifest_follows_files_and_seed_but_not_counts(root, complete) -> None:
     first = datasets.manifest(DATA)
     assert datasets.manifest(DATA.model_copy(update={"heldout_images": 7})) == first
     assert datasets.manifest(DATA.model_copy(update={"seed": 1})) != first
@@ -540,7 +541,12 @@ def test_the_manifest_follows_files_and_seed_but_not_counts(root) -> None:
     (root / "cc3m").unlink()
     write_table(root / "cc3m", ",", ("image", "caption"), 3)
     real_data.fingerprint.cache_clear()
-    assert datasets.manifest(DATA) != first
+    second = datasets.manifest(DATA)
+    (root / "wordnet").unlink()
+    shutil.copytree(complete / "wordnet", root / "wordnet")
+    (root / "wordnet/data.noun").write_text("other words")
+    real_data.fingerprint.cache_clear()
+    assert len({first, second, datasets.manifest(DATA)}) == 3
 
 
 def test_images_deleted_from_the_store_are_decoded_again(root, tmp_path) -> None:

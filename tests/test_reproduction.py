@@ -41,6 +41,15 @@ def test_the_published_run_is_reproduced(tmp_path: Path) -> None:
     assert numbers.split()[0] == numbers.split()[2] and "claims have the published" in text
 
 
+def test_a_seed_of_which_only_a_part_is_published_counts_with_that_part(tmp_path: Path) -> None:
+    write(tmp_path, {})
+    path = tmp_path / "results" / "mini" / "results.csv"
+    rows = [row for row in path.read_text().splitlines() if row.startswith("mini,table4,")]
+    other = [row.replace(f",{SEED},", ",8,").replace("badclip", "sig") for row in rows]
+    path.write_text("\n".join([path.read_text().rstrip("\n"), *other]) + "\n")
+    assert compare("mini", tmp_path)[1]
+
+
 def test_another_verdict_and_another_number_are_named(tmp_path: Path) -> None:
     write(tmp_path, dict.fromkeys(("badnet", "blended", "sig"), "99.5"))
     text, same = compare("mini", tmp_path)

@@ -117,7 +117,7 @@ def test_overrides_change_one_value_and_nothing_else():
         ("{attacks: {badnet: {2: 3}}}", "unknown key 'attacks.badnet.2'; the keys"),
         ("{%s: 1}" % ("k" * 900), f"unknown key '{'k' * 200}'; the keys"),
         ("{target: [%s]}" % ("x, " * 5000), "target = ['x', "),
-        ("x" * 5000, "is no mapping"),
+        ("x" * 5000, "is not a mapping"),
         ("[" * 5000, "--overrides is not YAML"),
         ("{seeds: 2020-99-99}", "--overrides is not YAML: month"),
     ],

@@ -107,6 +107,16 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> 
         assert log == whole_log
 
 
+def test_a_checkpoint_that_was_cut_off_is_left_aside(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "cut.safetensors"
+    net, inputs = _problem()
+    terms = {"loss_at": lambda step: {"loss": net(inputs).square().mean()}}
+    fit(net, recipe=Recipe(5, 0.01), checkpoint=path, save_every=4, **terms)
+    path.write_bytes(path.read_bytes()[:-9])
+    log = fit(net, recipe=Recipe(5, 0.01), checkpoint=path, log_every=1, **terms)
+    assert len(log) == 5 and f"{path} is damaged" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("steps", "saved"), [(99, []), (350, [100, 200, 300])])
 def test_a_short_run_saves_every_100_steps(
     steps: int, saved: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from invertune import models, weights
 from invertune.activations import candidate_layers, prefix_to, tail_from, trainable_rows
 from invertune.chain import open_chain, pretrained
+from invertune.layouts import DataError
 from invertune.models import (
     CONFIG,
     MERGES,
@@ -67,8 +68,8 @@ def test_openais_weights_come_from_the_cache_and_stay_what_they_were(
     save_file(half, hub)
     own.load_state_dict(half)
     digest = hashlib.sha256(hub.read_bytes()).hexdigest()
-    exact = {"device": "cpu", "precision": "float32"}
-    chain = open_chain(load_settings("paper", exact))
+    exact = {"weights": "openai", "device": "cpu", "precision": "float32"}
+    chain = open_chain(load_settings("scenes224", exact))
     assert "not recorded yet" in state("RN50", "openai")
     model = pretrained(chain)
     assert model.key == digest and digest in capsys.readouterr().out
@@ -108,7 +109,15 @@ def test_unknown_weights_are_refused_with_those_that_exist() -> None:
     with pytest.raises(ModelError, match="for ViT-X, open_clip knows no weights"):
         load_clip("RN50", "ViT-X/openai")
     with pytest.raises(ModelError, match=r"image_size_px = 224, but the RN50 .* takes .* 64 px"):
-        pretrained(open_chain(load_settings("paper", {"weights": "embedded", "device": "cpu"})))
+        pretrained(open_chain(load_settings("scenes224", {"weights": "embedded", "device": "cpu"})))
+
+
+def test_missing_data_is_told_before_weights_are_asked_for(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("INVERTUNE_DATA", raising=False)
+    with pytest.raises(DataError, match="set INVERTUNE_DATA"):
+        pretrained(open_chain(load_settings("paper", {"device": "cpu"})))
 
 
 def test_a_folder_or_a_file_gives_the_same_model_and_key() -> None:
