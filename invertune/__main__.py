@@ -124,11 +124,12 @@ def _fill(options: argparse.Namespace) -> int:
 
     chosen = [name for name in jobs.calls(settings) if name.startswith(only)]
     if not chosen:
-        raise SettingsError(f"no notebook starts with {only!r}")
+        known = ", ".join(jobs.calls(settings))
+        raise SettingsError(f"no notebook starts with {only!r}; there are: {known}")
     distributed.start()
     count = 1 if together else options.jobs or jobs.default_count(settings)
     for name in chosen:
-        jobs.fill(options.profile, overrides, name, count)
+        jobs.fill(settings, name, count)
     distributed.stop()
     return 0
 

@@ -89,6 +89,9 @@ def tuning_rows(chain: Chain, attacks: Sequence[str], names: Iterable[str], item
     return rows
 
 
+SWEEP_ROWS = {"inversion": inversion_rows, "tuning": tuning_rows}
+
+
 def _purified_rows(
     chain: Chain, attack: str, seed: int, artifact: Artifact, ks: Sequence[int], **columns: Any
 ) -> Rows:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -22,10 +21,10 @@ import psutil
 import torch
 
 from invertune import ablations, defenses, generalization, passing_claims, plan, reports, steps
-from invertune.chain import Chain, open_chain
+from invertune.chain import open_chain
 from invertune.decoding import cores
-from invertune.sections import INVERSION_SWITCHES, NULLS, TUNING_SWITCHES, WEIGHTS, Settings
-from invertune.settings import compared, load_settings, other_models, suspects
+from invertune.sections import NULLS, SWEEPS, Settings
+from invertune.settings import compared, other_models, suspects
 from invertune.store import MissingError
 from invertune.terminal import progress
 
@@ -84,22 +83,15 @@ def _generalization(settings: Settings) -> list[Call]:
 
 def _ablations(settings: Settings) -> list[Call]:
     own = settings.ablations
-    inversion, tuning = ablations.inversion_rows, ablations.tuning_rows
-    grid = [
-        (inversion, "inversion", own.weight_attacks, WEIGHTS, "table2"),
-        (tuning, "tuning", own.beta_attacks, ("beta",), "figure6"),
-        (inversion, "inversion", own.switch_attacks, INVERSION_SWITCHES, "extra"),
-        (tuning, "tuning", own.switch_attacks, TUNING_SWITCHES, "extra"),
-    ]
     return [
         *((steps.identified, (null, seed)) for null in NULLS for seed in settings.seeds),
         *((ablations.table3_rows, ((attack,),)) for attack in own.perturbation_attacks),
         *((ablations.round_rows, ((attack,),)) for attack in own.round_attacks),
         *(
-            (rows, ((attack,), (name,), item))
-            for rows, section, attacks, names, item in grid
-            for name, attack in itertools.product(names, attacks)
-            if len(compared(settings, section, name)) > 1
+            (ablations.SWEEP_ROWS[sweep.step], ((attack,), (name,), sweep.item))
+            for sweep in SWEEPS.values()
+            for name, attack in itertools.product(sweep.names, getattr(own, sweep.attacks))
+            if len(compared(settings, sweep.step, name)) > 1
         ),
     ]
 
@@ -117,18 +109,16 @@ def default_count(settings: Settings) -> int:
     return max(1, min(cores(), int(fitting), int(minutes)))
 
 
-def fill(profile: str, overrides: Mapping[str, Any], notebook: str, count: int) -> None:
+def fill(settings: Settings, notebook: str, count: int) -> None:
     """Makes what ``notebook`` will look for in the store, in ``count`` processes.
 
     They share the threads that one would have, and end with this process, however it ends; where
     the store has everything, none is started.
     Raises the first error of a call, or ``JobError`` where a process died.
     """
-    given = json.dumps(overrides)
-    settings = load_settings(profile, overrides)
     if count == 1:
-        for place in range(len(calls(settings).get(notebook, []))):
-            _run(profile, given, notebook, place)
+        for call in calls(settings).get(notebook, []):
+            _run(settings, *call)
         return
     left = missing(settings, notebook)
     if not left:
@@ -137,7 +127,7 @@ def fill(profile: str, overrides: Mapping[str, Any], notebook: str, count: int) 
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([__name__])  # torch is imported once for all processes
     with ProcessPoolExecutor(count, server, _start, (threads,)) as pool:
-        made = [pool.submit(_run, profile, given, notebook, place) for place in left]
+        made = [pool.submit(_run, settings, *call) for call in left]
         try:
             for done in progress(as_completed(made), notebook, total=len(made)):
                 done.result()
@@ -150,14 +140,14 @@ def fill(profile: str, overrides: Mapping[str, Any], notebook: str, count: int) 
             pool.shutdown(cancel_futures=True)
 
 
-def missing(settings: Settings, notebook: str) -> list[int]:
-    """Which of the notebook's ``calls``, counted from 0, want something that the store lacks."""
+def missing(settings: Settings, notebook: str) -> list[Call]:
+    """Those of the notebook's ``calls`` that want something that the store lacks."""
     chain, left = replace(open_chain(settings), only_finds=True), []
-    for place, (function, arguments) in enumerate(calls(settings).get(notebook, [])):
+    for function, arguments in calls(settings).get(notebook, []):
         try:
             function(chain, *arguments)
         except MissingError:
-            left.append(place)
+            left.append((function, arguments))
     return left
 
 
@@ -184,12 +174,8 @@ def _start(threads: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-@functools.lru_cache(maxsize=1)
-def _opened(profile: str, overrides: str) -> Chain:
-    return open_chain(load_settings(profile, json.loads(overrides)))
+_opened = functools.lru_cache(maxsize=1)(open_chain)
 
 
-def _run(profile: str, overrides: str, notebook: str, place: int) -> None:
-    chain = _opened(profile, overrides)
-    function, arguments = calls(chain.settings)[notebook][place]
-    function(chain, *arguments)
+def _run(settings: Settings, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    function(_opened(settings), *arguments)

@@ -16,16 +16,7 @@ from typing import Any
 import yaml
 
 from invertune.files import REPOSITORY
-from invertune.sections import (
-    INVERSION_SWITCHES,
-    PICTOGRAMS,
-    PRETRAINED,
-    TUNING_SWITCHES,
-    WEIGHTS,
-    BadClip,
-    CleanClip,
-    Settings,
-)
+from invertune.sections import PICTOGRAMS, PRETRAINED, SWEEPS, BadClip, CleanClip, Settings
 from invertune.settings import SettingsError, changed, compared, other_models, suspects
 from invertune.sprites import load_sprites
 
@@ -181,19 +172,13 @@ def _patch_exposures(badclip: BadClip) -> int:
 
 def _ablations(settings: Settings) -> list[Work]:
     """Notebook 07: one value changed at a time; the profile's own values cost nothing."""
-    own = settings.ablations
-    parts: list[tuple[str, Sequence[str], str, Sequence[str]]] = [
-        ("loss weights", own.weight_attacks, "inversion", WEIGHTS),
-        ("beta", own.beta_attacks, "tuning", ["beta"]),
-        ("inversion forms", own.switch_attacks, "inversion", INVERSION_SWITCHES),
-        ("tuning forms", own.switch_attacks, "tuning", TUNING_SWITCHES),
-    ]
-    work = []
-    for step, attacks, section, names in parts:
-        cases = [(name, v) for name in names for v in compared(settings, section, name)[1:]]
-        total = sum(invertune_passes(changed(settings, section, *c))[section] for c in cases)
-        runs = len(suspects(settings, among=attacks))
-        work.append(Work("07_ablations", step, runs, total, section))
+    own, work = settings.ablations, []
+    for title, sweep in SWEEPS.items():
+        step = sweep.step
+        cases = [(name, v) for name in sweep.names for v in compared(settings, step, name)[1:]]
+        total = sum(invertune_passes(changed(settings, step, *case))[step] for case in cases)
+        runs = len(suspects(settings, among=getattr(own, sweep.attacks)))
+        work.append(Work("07_ablations", title, runs, total, step))
     runs = len(suspects(settings, among=own.perturbation_attacks))
     once = invertune_passes(settings)
     again = len(suspects(settings, among=own.round_attacks))

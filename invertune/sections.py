@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import GenericAlias
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -285,11 +285,33 @@ def _changes(section: type[Section], *fixed: str) -> type[Section]:
 
 
 InversionChanges = _changes(Inversion, "lr", "batch", "measure_every_steps", "asr_floor_percent")
-_FIXED = ("triggers", "steps", "batch", "measure_every_steps", "allowed_ca_drop_points")
-TuningChanges = _changes(Tuning, *_FIXED, "reduction")
+TuningChanges = _changes(
+    Tuning,
+    *("triggers", "steps", "batch", "measure_every_steps", "allowed_ca_drop_points", "reduction"),
+)
 WEIGHTS = ("lambda1", "lambda2", "lambda3", "lambda4")
 INVERSION_SWITCHES = tuple(n for n in InversionChanges.model_fields if n not in WEIGHTS)
 TUNING_SWITCHES = tuple(n for n in TuningChanges.model_fields if n != "beta")
+
+
+class Sweep(NamedTuple):
+    """Settings ``names`` of a ``step`` that notebook 07 changes one at a time.
+
+    ``attacks`` is the field of ``Ablations`` that says on which, ``item`` where the rows go.
+    """
+
+    step: Literal["inversion", "tuning"]
+    names: tuple[str, ...]
+    attacks: str
+    item: str
+
+
+SWEEPS = {
+    "loss weights": Sweep("inversion", WEIGHTS, "weight_attacks", "table2"),
+    "beta": Sweep("tuning", ("beta",), "beta_attacks", "figure6"),
+    "inversion forms": Sweep("inversion", INVERSION_SWITCHES, "switch_attacks", "extra"),
+    "tuning forms": Sweep("tuning", TUNING_SWITCHES, "switch_attacks", "extra"),
+}
 
 
 class Ablations(Section):

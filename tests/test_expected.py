@@ -16,7 +16,7 @@ from invertune import chain as chains
 from invertune import data as datasets
 from invertune.evaluation import RECALL_KS
 from invertune.files import REPOSITORY
-from invertune.sections import BACKBONES, EMBEDDED, INVERSION_SWITCHES, TUNING_SWITCHES, WEIGHTS
+from invertune.sections import BACKBONES, EMBEDDED, SWEEPS
 from invertune.settings import compared, load_settings
 from invertune.store import artifact_key
 from invertune.weights import load_clip, locked_hash
@@ -37,11 +37,11 @@ RATE_NAMES = [
 
 OWN = load_settings("mini").ablations
 ABLATIONS = (  # as notebook 07 calls them
-    lambda c: ablations.inversion_rows(c, OWN.weight_attacks, WEIGHTS, "table2"),
-    lambda c: ablations.inversion_rows(c, OWN.switch_attacks, INVERSION_SWITCHES, "extra"),
+    *(
+        lambda c, s=sweep: ablations.SWEEP_ROWS[s.step](c, getattr(OWN, s.attacks), s.names, s.item)
+        for sweep in SWEEPS.values()
+    ),
     lambda c: ablations.table3_rows(c, OWN.perturbation_attacks),
-    lambda c: ablations.tuning_rows(c, OWN.beta_attacks, ["beta"], "figure6"),
-    lambda c: ablations.tuning_rows(c, OWN.switch_attacks, TUNING_SWITCHES, "extra"),
     lambda c: ablations.round_rows(c, OWN.round_attacks),
     ablations.update_rows,
     ablations.perturbation_rows,

@@ -18,7 +18,7 @@ from invertune import data as datasets
 from invertune.__main__ import main
 from invertune.chain import Model, open_chain
 from invertune.plan import planned
-from invertune.sections import WEIGHTS
+from invertune.sections import SWEEPS
 from invertune.settings import load_settings
 from invertune.store import entries
 
@@ -51,10 +51,12 @@ def rows_of(notebook: str, chain: object) -> None:
             passing_claims.passing_rows(chain),
         ),
         "07_ablations": lambda: (
-            ablations.inversion_rows(chain, own.weight_attacks, WEIGHTS, "table2"),
+            *(
+                ablations.SWEEP_ROWS[s.step](chain, getattr(own, s.attacks), s.names, s.item)
+                for s in SWEEPS.values()
+            ),
             ablations.table3_rows(chain, own.perturbation_attacks),
             ablations.round_rows(chain, own.round_attacks),
-            ablations.tuning_rows(chain, own.beta_attacks, ["beta"], "figure6"),
         ),
     }[notebook]()
 
@@ -125,14 +127,13 @@ def test_no_process_is_started_where_the_store_has_everything(tmp_path, monkeypa
     monkeypatch.setenv("INVERTUNE_STORE", str(tmp_path))
     monkeypatch.setattr(jobs, "ProcessPoolExecutor", None)
     only = {"attacks": {"names": ["badnet"], "badnet": {"steps": 1, "batch": 8}}}
+    settings = load_settings("smoke", only)
     with pytest.raises(TypeError):  # it would be started
-        jobs.fill("smoke", only, "01_attacks", 2)
-    jobs.fill("smoke", only, "01_attacks", 1)
+        jobs.fill(settings, "01_attacks", 2)
+    jobs.fill(settings, "01_attacks", 1)
     made = {a.key for a in entries(tmp_path)}
-    assert [line.split() for line in jobs.held(load_settings("smoke", only), "01")] == [
-        ["01_attacks", "2", "of", "2"]
-    ]
-    jobs.fill("smoke", only, "01_attacks", 2)
+    assert [line.split() for line in jobs.held(settings, "01")] == [["01_attacks", "2", "of", "2"]]
+    jobs.fill(settings, "01_attacks", 2)
     assert {a.key for a in entries(tmp_path)} == made
 
 

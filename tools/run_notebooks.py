@@ -45,11 +45,11 @@ def main(arguments: list[str] | None = None, root: Path = REPOSITORY) -> int:
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(arguments)
     try:
+        notebooks = _chosen(root / "notebooks", options.only)
         if options.dry_run:
             return show_plan(options)
         overrides = plan.overrides_of(options)
         settings = load_settings(options.profile, overrides)
-        notebooks = _chosen(root / "notebooks", options.only)
         with _only_run(root / "results" / settings.profile):
             run_all(notebooks, settings, overrides, root, options.jobs)
     except KeyboardInterrupt:
@@ -115,7 +115,7 @@ def run_all(
         print(f"{notebook.stem}: running", flush=True)
         stamp.unlink(missing_ok=True)
         start = time.perf_counter()
-        _fill(notebook.stem, settings, overrides, jobs)
+        _fill(notebook.stem, settings, jobs)
         execute(notebook, output, {"profile": settings.profile, "overrides": overrides}, root)
         _page(settings, root)
         left = {"inputs": inputs, **_left(settings.profile, root, store)}
@@ -123,14 +123,14 @@ def run_all(
         print(f"{notebook.stem}: done in {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def _fill(notebook: str, settings: Settings, overrides: dict[str, Any], count: int | None) -> None:
+def _fill(notebook: str, settings: Settings, count: int | None) -> None:
     """Makes what the notebook looks for in the store; of one process the notebook is as good."""
     from invertune import jobs  # imports torch, which finished notebooks need not wait for
 
     try:
         count = count or jobs.default_count(settings)
         if count > 1:
-            jobs.fill(settings.profile, overrides, notebook, count)
+            jobs.fill(settings, notebook, count)
     except Exception as error:
         raise NotebookError(f"{notebook}: {explain(error)}") from None
 
