@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from invertune.chain import Chain, Model, class_head, pool
 from invertune.defenses import defended
 from invertune.evaluation import RECALL_KS
 from invertune.kernels import ssim_statistics, ssim_with
-from invertune.metrics import Rate
 from invertune.models import embed_images
 from invertune.sections import WEIGHTS
 from invertune.settings import changed, compared
@@ -125,17 +124,17 @@ def scored(
     def compute(_: Path) -> tuple[Tensors, dict[str, Any]]:
         own, head = pool(chain, "evaluation"), class_head(chain, model.clip)
         clean = embed_images(model.clip, own.images)
-        ca = {k: metrics.clean_accuracy(clean, head, own.labels, k) for k in RECALL_KS}
+        ca = {str(k): metrics.clean_accuracy(clean, head, own.labels, k) for k in RECALL_KS}
         asr, ssim = [], []
         for trigger in placed:
             features, similar = _triggered(model, own.images, trigger)
             rates = {
-                k: metrics.attack_success_rate(features, head, own.labels, chain.target, k)
+                str(k): metrics.attack_success_rate(features, head, own.labels, chain.target, k)
                 for k in RECALL_KS
             }
-            asr.append(_plain(rates))
+            asr.append(rates)
             ssim.append(float(similar.mean()))
-        return {}, {"ca": _plain(ca), "asr": asr, "ssim": ssim}
+        return {}, {"ca": ca, "asr": asr, "ssim": ssim}
 
     keyed = {"target": chain.settings.target, "images": chain.settings.data.evaluation_images}
     keys = [model.key, source]
@@ -152,7 +151,3 @@ def _triggered(model: Model, images: Tensor, trigger: Trigger) -> tuple[Tensor, 
         return placed
 
     return embed_images(model.clip, images, change=place), torch.cat(similar)
-
-
-def _plain(rates: dict[int, Rate]) -> dict[str, list[float]]:
-    return {str(k): list(astuple(r)) for k, r in rates.items()}

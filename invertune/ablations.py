@@ -165,7 +165,7 @@ def perturbation_rows(chain: Chain) -> Rows:
         for kind, increase in steps.increases(done).items():
             for label in dict.fromkeys((chain.target, int(increase.points.argmax()))):
                 count, n = int(increase.adversarial[label]), int(increase.adversarial.sum())
-                share = Rate(100 * count / n, n, *metrics.wilson_interval(count, n))
+                share = metrics.share(count, n)
                 about = {"class": names[label], "perturbation": kind}
                 rows.append(metric_row(base, "adversarial_share", share, variant=about))
     return rows

@@ -6,7 +6,6 @@ augmentations. CleanerCLIP is our reconstruction: no reference code exists.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,9 +201,16 @@ def _cleanclip_terms(
     return {"loss": loss, "contrastive": contrastive, "in_modal": in_modal}, image
 
 
-def _run(
+BASELINES: Mapping[str, Callable[[Clip, Clip, Pairs, Baselines, int], Method]] = {
+    "ft": ft,
+    "cleanclip": cleanclip,
+    "cleanerclip": cleanerclip,
+    "par": par,
+}
+
+
+def trained(
     name: str,
-    prepare: Callable[[Clip, Clip, Pairs, Baselines, int], Method],
     suspected: Clip,
     pairs: Pairs,
     settings: Baselines,
@@ -221,7 +227,7 @@ def _run(
     if count < own.batch:
         raise BatchError(f"baselines.{name}.batch = {own.batch}, but there are {count} pairs")
     clip = clone(suspected)
-    batch_at, terms = prepare(clip, suspected, pairs, settings, seed)
+    batch_at, terms = BASELINES[name](clip, suspected, pairs, settings, seed)
 
     def batch(step: int) -> Batch:
         return batch_at(pair_indices(count, own.batch, seed, step, pairs.cycled), step)
@@ -242,14 +248,6 @@ def _run(
         raise TrainingError(f"{error} in baselines.{name}.lrs; {state}") from None
     clip.net.requires_grad_(True).eval()
     return Trained(clip, log)
-
-
-BASELINES: Mapping[str, Callable[[Clip, Pairs, Baselines, float, int, Path | None], Trained]] = {
-    "ft": functools.partial(_run, "ft", ft),
-    "cleanclip": functools.partial(_run, "cleanclip", cleanclip),
-    "cleanerclip": functools.partial(_run, "cleanerclip", cleanerclip),
-    "par": functools.partial(_run, "par", par),
-}
 
 
 def defend(
@@ -279,7 +277,7 @@ def defend(
 
     def accuracy_at(lr: float) -> float:
         checkpoint = work / f"{name}-{lr:g}.safetensors"
-        runs[lr] = BASELINES[name](suspected, pairs, settings, lr, seed, checkpoint)
+        runs[lr] = trained(name, suspected, pairs, settings, lr, seed, checkpoint)
         return accuracy(runs[lr].clip)
 
     before = accuracy(suspected)

@@ -6,7 +6,6 @@ Zero-shot classification and image-to-text retrieval, each measured by the one f
 
 from __future__ import annotations
 
-from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,8 @@ def evaluated(
     own = chain.settings
 
     def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        rates = {**_zero_shot(chain, model.clip, trigger), **_retrieval(chain, model.clip, trigger)}
-        return {}, {k: list(astuple(r)) for k, r in rates.items()}
+        zero_shot = _zero_shot(chain, model.clip, trigger)
+        return {}, {**zero_shot, **_retrieval(chain, model.clip, trigger)}
 
     keyed = {
         "target": own.target,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from scipy.stats import binomtest
@@ -20,8 +20,7 @@ CHUNK = 256  # queries at a time: 50 MB of similarities against 25,000 captions
 DECIMALS = 9
 
 
-@dataclass(frozen=True)
-class Rate:
+class Rate(NamedTuple):
     """A share of ``n`` images or captions in percent, with its 95 % interval (low, high)."""
 
     value: float
@@ -36,18 +35,20 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     Unlike the normal interval it is right near 0 and 100 %, where rates after a defense lie.
     Raises ``ValueError`` unless 0 <= successes <= n and n > 0.
     """
-    if not 0 <= successes <= n or n == 0:
-        raise ValueError(f"{successes} of {n} is not a rate; need 0 <= successes <= n and n > 0")
     low, high = binomtest(successes, n).proportion_ci(method="wilson")
     return 100 * float(low), 100 * float(high)
+
+
+def share(successes: int, n: int) -> Rate:
+    """``successes`` out of ``n`` as a rate."""
+    return Rate(100 * successes / n, n, *wilson_interval(successes, n))
 
 
 def rate(hits: Tensor) -> Rate:
     """The share of True in ``hits`` [n]; raises ``ValueError`` when there is nothing to count."""
     if len(hits) == 0:
         raise ValueError("nothing to evaluate: no image is left after the exclusions")
-    successes, n = int(hits.sum()), len(hits)
-    return Rate(100 * successes / n, n, *wilson_interval(successes, n))
+    return share(int(hits.sum()), len(hits))
 
 
 def _similarities(queries: Tensor, keys: Tensor) -> Iterator[tuple[int, Tensor]]:

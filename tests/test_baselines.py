@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from invertune import distributed, sections
-from invertune.baselines import BASELINES, cleanclip, defend, schedule
+from invertune.baselines import BASELINES, cleanclip, defend, schedule, trained
 from invertune.data import Pairs
 from invertune.losses import cut_off, feature_distance, in_modal_loss, sub_caption_loss
 from invertune.models import MODEL_FOLDER, Clip, build_clip, clone, image_features, zero_shot_head
@@ -178,7 +178,7 @@ def test_par_stops_pushing_a_modality_beyond_its_cut_off() -> None:
     values = MINI.model_dump()
     values["par"] |= {"steps": 6, "batch": 20, "warmup_steps": 1, "cutoff": 0.0}
     case = planted()
-    run = BASELINES["par"](case.clip, case.pairs, Baselines.model_validate(values), 1e-3, 0, None)
+    run = trained("par", case.clip, case.pairs, Baselines.model_validate(values), 1e-3, 0, None)
     last = run.log[-1]
     assert last["image_distance"] > 0 and last["loss"] == last["contrastive"]
 
@@ -219,7 +219,7 @@ def test_a_baseline_lowers_a_planted_backdoor_on_a_copy(name: str) -> None:
     case = planted()
     before = {k: v.clone() for k, v in case.clip.net.state_dict().items()}
     lr = 0.001 if name == "par" else 0.003
-    result = BASELINES[name](case.clip, case.pairs, quick(), lr, 0, None)
+    result = trained(name, case.clip, case.pairs, quick(), lr, 0, None)
     accuracy, asr = rates(result.clip)
     assert asr < 0.5 and accuracy > 0.8, (accuracy, asr)
     assert all(torch.equal(v, before[k]) for k, v in case.clip.net.state_dict().items())
@@ -235,10 +235,10 @@ def test_a_seed_fixes_every_bit_and_another_one_changes_them(name: str) -> None:
     case = planted()
     few = quick(steps=3)
     torch.manual_seed(7)
-    first = BASELINES[name](case.clip, case.pairs, few, 0.001, 1, None)
+    first = trained(name, case.clip, case.pairs, few, 0.001, 1, None)
     torch.manual_seed(8)
-    again = BASELINES[name](case.clip, case.pairs, few, 0.001, 1, None)
-    other = BASELINES[name](case.clip, case.pairs, few, 0.001, 2, None)
+    again = trained(name, case.clip, case.pairs, few, 0.001, 1, None)
+    other = trained(name, case.clip, case.pairs, few, 0.001, 2, None)
     states = [r.clip.net.state_dict() for r in (first, again, other)]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert not torch.equal(states[0]["text_projection"], states[2]["text_projection"])
@@ -249,10 +249,10 @@ def test_a_seed_fixes_every_bit_and_another_one_changes_them(name: str) -> None:
 def test_a_thread_prepares_the_same_batches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: what a thread draws is not disturbed by the training beside it."""
     case, few = planted(), quick(steps=4)
-    whole = BASELINES[name](case.clip, case.pairs, few, 0.001, 1, None)
+    whole = trained(name, case.clip, case.pairs, few, 0.001, 1, None)
     threaded = functools.partial(Prefetcher, threaded=True)
     monkeypatch.setattr("invertune.baselines.Prefetcher", threaded)
-    again = BASELINES[name](case.clip, case.pairs, few, 0.001, 1, None)
+    again = trained(name, case.clip, case.pairs, few, 0.001, 1, None)
     assert again.log == whole.log
     for key, tensor in whole.clip.net.state_dict().items():
         assert torch.equal(tensor, again.clip.net.state_dict()[key]), key
@@ -274,8 +274,8 @@ def test_a_process_augments_its_own_share_as_one_process_would(
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     case, path = planted(), tmp_path / "run.safetensors"
-    whole = BASELINES["cleanerclip"](case.clip, case.pairs, quick(steps=4), 0.001, 0, path)
-    again = BASELINES["cleanerclip"](case.clip, case.pairs, quick(steps=4), 0.001, 0, path)
+    whole = trained("cleanerclip", case.clip, case.pairs, quick(steps=4), 0.001, 0, path)
+    again = trained("cleanerclip", case.clip, case.pairs, quick(steps=4), 0.001, 0, path)
     assert path.exists() and again.log == whole.log
     for name, tensor in whole.clip.net.state_dict().items():
         assert torch.equal(tensor, again.clip.net.state_dict()[name]), name
@@ -285,10 +285,10 @@ def test_captions_without_anything_to_replace_are_no_obstacle() -> None:
     case = planted()
     odd = ("", "it", "and nothing else", "!?", "mushroom") * 12
     pairs = dataclasses.replace(case.pairs, captions=odd)
-    log = BASELINES["cleanerclip"](case.clip, pairs, quick(steps=2), 0.001, 0, None).log
+    log = trained("cleanerclip", case.clip, pairs, quick(steps=2), 0.001, 0, None).log
     assert all(math.isfinite(value) for row in log for value in row.values())
     alone = dataclasses.replace(case.pairs, captions=("it",) * 60)
-    log = BASELINES["cleanerclip"](case.clip, alone, quick(steps=2), 0.001, 0, None).log
+    log = trained("cleanerclip", case.clip, alone, quick(steps=2), 0.001, 0, None).log
     assert [row["sub_caption"] for row in log] == [0, 0]
 
 
@@ -296,7 +296,7 @@ def test_captions_without_anything_to_replace_are_no_obstacle() -> None:
 def test_fewer_pairs_than_a_batch_are_named(name: str) -> None:
     case = planted()
     with pytest.raises(ValueError, match=rf"baselines\.{name}\.batch = 64, but there are 60 pairs"):
-        BASELINES[name](case.clip, case.pairs, quick(batch=64), 0.001, 0, None)
+        trained(name, case.clip, case.pairs, quick(batch=64), 0.001, 0, None)
 
 
 def test_a_loss_that_is_not_finite_names_the_setting_and_keeps_the_last_state(
@@ -304,7 +304,7 @@ def test_a_loss_that_is_not_finite_names_the_setting_and_keeps_the_last_state(
 ) -> None:
     case, path = planted(), tmp_path / "run.safetensors"
     with pytest.raises(TrainingError) as caught:
-        BASELINES["ft"](case.clip, case.pairs, quick(lrs=(1.0,)), 1e30, 0, path)
+        trained("ft", case.clip, case.pairs, quick(lrs=(1.0,)), 1e30, 0, path)
     message = str(caught.value)
     assert "ft at lr 1e+30: the loss is " in message and " at step " in message
     assert "in baselines.ft.lrs; " in message and "\n" not in message
@@ -312,7 +312,7 @@ def test_a_loss_that_is_not_finite_names_the_setting_and_keeps_the_last_state(
     with torch.no_grad():
         broken.net.text_projection.fill_(math.nan)
     with pytest.raises(TrainingError, match=r"at step 0 of 20; .* no state was saved yet"):
-        BASELINES["ft"](broken, case.pairs, quick(), 0.001, 0, path.with_stem("none"))
+        trained("ft", broken, case.pairs, quick(), 0.001, 0, path.with_stem("none"))
 
 
 def test_the_largest_rate_that_qualifies_is_taken_and_no_smaller_one_run() -> None:
