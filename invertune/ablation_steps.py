@@ -23,11 +23,9 @@ from invertune.kernels import ssim_statistics, ssim_with
 from invertune.models import embed_images
 from invertune.sections import WEIGHTS
 from invertune.settings import changed, compared
-from invertune.store import Artifact
+from invertune.store import Artifact, Made
 from invertune.trigger_inversion import Run
 from invertune.triggers import Trigger
-
-Tensors = dict[str, dict[str, Tensor]]
 
 
 def with_value(chain: Chain, section: str, name: str, value: Any) -> Chain:
@@ -45,7 +43,7 @@ def swept(chain: Chain, attack: str, seed: int, weight: str) -> Artifact:
     values = list(compared(own, "inversion", weight)[1:])
     base = Run.of(target, own.inversion)
 
-    def compute(_: Path) -> tuple[Tensors, dict[str, Any]]:
+    def compute(_: Path) -> Made:
         runs = [replace(base, **{weight: value}) for value in values]
         found = steps.invert(chain, suspect, runs, seed)
         parts = {"mask": [r.mask for r in found], "pattern": [r.pattern for r in found]}
@@ -86,7 +84,7 @@ def second_round(chain: Chain, attack: str, seed: int) -> Artifact:
     purified, own = defended(chain, "invertune", attack, seed), chain.settings
     target = steps.suspected_target(chain, attack, seed)
 
-    def compute(_: Path) -> tuple[Tensors, dict[str, Any]]:
+    def compute(_: Path) -> Made:
         found = steps.invert(chain, purified, [Run.of(target, own.inversion)], seed)[0]
         again = [triggers.mask_trigger(found.mask, found.pattern)]
         tensors, kept = steps.tune_model(chain, purified, again, target, seed)
@@ -121,7 +119,7 @@ def scored(
     retrieval: what an ablation does not need.
     """
 
-    def compute(_: Path) -> tuple[Tensors, dict[str, Any]]:
+    def compute(_: Path) -> Made:
         own, head = pool(chain, "evaluation"), class_head(chain, model.clip)
         clean = embed_images(model.clip, own.images)
         ca = {str(k): metrics.clean_accuracy(clean, head, own.labels, k) for k in RECALL_KS}

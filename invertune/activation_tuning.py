@@ -31,7 +31,7 @@ from invertune.metrics import attack_success_rate, clean_accuracy, predictions
 from invertune.models import Clip, clone, embed_images, to_pixels
 from invertune.sampling import BatchError, batch_indices, generator
 from invertune.sections import Tuning
-from invertune.training import Recipe, choose_lr, fit
+from invertune.training import Log, Recipe, choose_lr, fit
 from invertune.triggers import Trigger
 
 Measure = Callable[[Clip], tuple[float, float]]
@@ -70,7 +70,7 @@ class Tuned:
     qualified: bool
     suspected: State
     states: tuple[State, ...]
-    log: list[dict[str, float]]
+    log: Log
 
 
 def tune(
@@ -108,7 +108,7 @@ def tune(
     before = _state(0.0, 0, measure(suspected), losses(suspected, 0))
     clips: dict[float, Clip] = {}
     states: list[State] = []
-    log: list[dict[str, float]] = []
+    log: Log = []
 
     def accuracy_at(lr: float) -> float:
         clips[lr], measured, logged = _tune_at(lr, suspected, losses, rows, measure, settings)
@@ -257,7 +257,7 @@ def _tune_at(
     rows: Mapping[str, Tensor],
     measure: Measure,
     settings: Tuning,
-) -> tuple[Clip, list[State], list[dict[str, float]]]:
+) -> tuple[Clip, list[State], Log]:
     """Phase 3 at one rate: the tuned model, what was measured on the way, and its losses."""
     tuned, states = clone(suspected), []
     tuned.net.get_submodule("visual").train(settings.bn_mode == "train")

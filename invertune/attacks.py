@@ -35,7 +35,7 @@ from invertune.prefetch import Batch, Prefetcher
 from invertune.sampling import batch_indices, generator
 from invertune.sections import Attacks, BadClip, BadEncoder, Finetuning
 from invertune.terminal import progress
-from invertune.training import Recipe, TrainingError, finetune, fit
+from invertune.training import Log, Recipe, TrainingError, finetune, fit
 from invertune.triggers import Trigger
 
 
@@ -59,7 +59,7 @@ class Poisoned:
 
     clip: Clip
     trigger: Trigger | None
-    log: list[dict[str, float]]
+    log: Log
 
 
 def planted(attack: str, victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:

@@ -24,6 +24,7 @@ from invertune.sampling import BatchError, pair_indices
 from invertune.sections import Baselines, BaselineTraining, CleanClip, Par
 from invertune.text_augment import augment_captions, known_words, lexicon, sub_captions
 from invertune.training import (
+    Log,
     Method,
     Recipe,
     Terms,
@@ -41,7 +42,7 @@ class Trained:
     """A fine-tuned copy of the suspected model, and the training log."""
 
     clip: Clip
-    log: list[dict[str, float]]
+    log: Log
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Defended:
     qualified: bool
     tried: tuple[tuple[float, float | None], ...]
     suspected_accuracy: float
-    log: list[dict[str, float]]
+    log: Log
     images_seen: int
 
 

@@ -19,7 +19,8 @@ from invertune import data as datasets
 from invertune.models import Clip, ModelError, set_state, text_digest, zero_shot_head
 from invertune.pretraining import pretrain
 from invertune.sections import PRETRAINED, Settings
-from invertune.store import Artifact, default_root, obtain
+from invertune.store import Artifact, Compute, Made, default_root, obtain
+from invertune.training import Log
 from invertune.triggers import Trigger
 from invertune.weights import load_clip, untrained_clip
 
@@ -119,7 +120,7 @@ class Chain:
         step: str,
         settings: dict[str, Any],
         upstream: Sequence[str],
-        compute: Any,
+        compute: Compute,
         seed: int,
         name: str = "",
     ) -> Artifact:
@@ -129,7 +130,7 @@ class Chain:
         """
         label = f"{step} {name}, seed {seed}".replace(" ,", ",")
 
-        def within_memory(work: Path) -> Any:
+        def within_memory(work: Path) -> Made:
             try:
                 return compute(work)
             except torch.OutOfMemoryError as error:
@@ -214,7 +215,7 @@ def _trained_here(chain: Chain) -> Model:
         clip = untrained_clip(own.backbone, data.image_size_px, chain.device)
         return _at_precision(chain, clip)
 
-    def compute(work: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def compute(work: Path) -> Made:
         clip, log = train_clean(chain, untrained, work)
         return {"weights": clip.net.state_dict()}, {"log": log}
 
@@ -230,9 +231,7 @@ def pretraining_recipe(settings: Settings) -> dict[str, Any]:
     return {"backbone": settings.backbone, **recipe, "pairs": settings.data.pretraining_pairs}
 
 
-def train_clean(
-    chain: Chain, build: Callable[[], Clip], work: Path
-) -> tuple[Clip, list[dict[str, float]]]:
+def train_clean(chain: Chain, build: Callable[[], Clip], work: Path) -> tuple[Clip, Log]:
     """The network that ``build`` makes, pretrained by the profile's recipe, and the log.
 
     Checkpoints lie in ``work``: a killed training goes on from them.

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from invertune import data as datasets
 from invertune.baselines import BASELINES, defend
 from invertune.chain import Chain, Model, class_head, pool
 from invertune.steps import poisoned, tuned
-from invertune.store import Artifact
+from invertune.store import Artifact, Made
 from invertune.training import Recipe, finetune
 
 
@@ -25,7 +22,7 @@ def baseline(chain: Chain, defense: str, attack: str, seed: int) -> Artifact:
     """One baseline on one suspected model; metrics: the chosen rate, the grid, its log."""
     suspect, own = poisoned(chain, attack, seed), chain.settings.baselines
 
-    def compute(work: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def compute(work: Path) -> Made:
         pairs = datasets.caption_pairs(chain.settings.data, "defense", own.pairs, chain.store)
         heldout = pool(chain, "heldout")
         result = defend(
@@ -74,7 +71,7 @@ def rebounded(chain: Chain, defense: str, attack: str, seed: int) -> Artifact:
     model, own = defended(chain, defense, attack, seed), chain.settings.rebound
     lr = getattr(chain.settings.attacks, attack).lr
 
-    def compute(work: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def compute(work: Path) -> Made:
         pairs = datasets.caption_pairs(chain.settings.data, "rebound", own.pairs, chain.store)
         recipe = Recipe(own.steps, lr, weight_decay=own.weight_decay, schedule="constant")
         log = finetune(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from invertune import metrics, triggers
 from invertune.chain import Chain, Model, class_head, pool
 from invertune.metrics import Rate
 from invertune.models import Clip, embed_images, embed_texts
-from invertune.store import Artifact
+from invertune.store import Artifact, Made
 from invertune.triggers import Trigger
 
 RECALL_KS = (1, 3, 5, 10)
@@ -33,7 +32,7 @@ def evaluated(
     """
     own = chain.settings
 
-    def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def compute(_: Path) -> Made:
         zero_shot = _zero_shot(chain, model.clip, trigger)
         return {}, {**zero_shot, **_retrieval(chain, model.clip, trigger)}
 

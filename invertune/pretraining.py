@@ -15,12 +15,12 @@ from invertune.models import Clip, image_features, to_pixels
 from invertune.prefetch import Batch, Prefetcher
 from invertune.sampling import balanced_indices
 from invertune.sections import Pretraining
-from invertune.training import Recipe, contrastive_method, fit
+from invertune.training import Log, Recipe, contrastive_method, fit
 
 
 def warm_start(
     clip: Clip, pairs: Pairs, classes: int, recipe: Recipe, seed: int, work: Path
-) -> list[dict[str, float]]:
+) -> Log:
     """Trains the image tower to name the objects in the ``pairs``; resumes in ``work``."""
     torch.manual_seed(seed)
     dim, objects = clip.net.text_projection.shape[1], pairs.objects
@@ -48,7 +48,7 @@ def warm_start(
 
 def contrastive(
     clip: Clip, pairs: Pairs, classes: int, recipe: Recipe, seed: int, work: Path
-) -> list[dict[str, float]]:
+) -> Log:
     """Contrastive training of both towers on ``pairs``; resumes in ``work``."""
     batch_at, terms = contrastive_method(clip, pairs.images, pairs.captions)
     rows = functools.partial(balanced_indices, pairs.objects[:, 0], classes, seed)
@@ -64,7 +64,7 @@ def contrastive(
 
 def pretrain(
     clip: Clip, pairs: Pairs, classes: int, settings: Pretraining, seed: int, work: Path
-) -> list[dict[str, float]]:
+) -> Log:
     """Both stages, in place; a killed one goes on from its checkpoint in ``work``."""
     log = []
     for stage, steps, lr in (

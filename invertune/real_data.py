@@ -44,7 +44,7 @@ from invertune.layouts import (
 from invertune.metrics import word_matches
 from invertune.provenance import file_hash
 from invertune.sections import OWN_IMAGES, Data, Settings
-from invertune.store import Artifact, Tensors, Values, no_link, obtain
+from invertune.store import Artifact, Made, no_link, obtain
 from invertune.terminal import printable
 
 VERSION = 1  # raise where other images or other pixels come out
@@ -256,7 +256,7 @@ def target_images(data: Data, target: int, store: Path) -> Tensor:
 def _part(data: Data, name: str, count: int, store: Path, choose: Callable[[Path], Chosen]) -> Part:
     """Decodes a part, or finds it in the store; decodes again where its pixels were deleted."""
 
-    def compute(work: Path) -> tuple[Tensors, Values]:
+    def compute(work: Path) -> Made:
         return _decoded(choose(image_root(data)), name, count, data.image_size_px, store, work)
 
     find = functools.partial(
@@ -290,9 +290,7 @@ def _complete(artifact: Artifact) -> bool:
     return file.is_file() and file.stat().st_size == artifact.metrics["bytes"]
 
 
-def _decoded(
-    chosen: Chosen, name: str, count: int, size_px: int, store: Path, work: Path
-) -> tuple[Tensors, Values]:
+def _decoded(chosen: Chosen, name: str, count: int, size_px: int, store: Path, work: Path) -> Made:
     """Decodes the samples into the store's file for the key that ``work`` is named by."""
     file = no_link(store / IMAGES / f"{work.name}.u8")
     _require(name, len(chosen.samples), count, chosen.notes)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from invertune import data as datasets
 from invertune import triggers
@@ -28,7 +27,7 @@ from invertune.models import embed_images
 from invertune.perturbations import as_trigger
 from invertune.results import natural_order
 from invertune.sections import NULLS
-from invertune.store import Artifact
+from invertune.store import Artifact, Made
 from invertune.target_identification import Increase, identify
 from invertune.trigger_inversion import InvertedTrigger, Run, invert_triggers
 from invertune.triggers import Trigger
@@ -41,7 +40,7 @@ def attacked(chain: Chain, attack: str, seed: int) -> Artifact:
     settings, own = chain.settings, chain.settings.attacks
     section = "badnet" if attack == "clean_finetuned" else attack
 
-    def compute(work: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def compute(work: Path) -> Made:
         pairs = datasets.caption_pairs(
             settings.data, "poisoning", settings.data.poisoning_pairs, chain.store
         )
@@ -92,7 +91,7 @@ def identified(chain: Chain, attack: str, seed: int) -> Artifact:
     suspect = poisoned(chain, attack, seed)
     own = chain.settings
 
-    def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def compute(_: Path) -> Made:
         found = identify(
             suspect.clip,
             pool(chain, "inversion").images,
@@ -148,7 +147,7 @@ def inverted(chain: Chain, attack: str, seed: int, target: int | None = None) ->
     suspect, own = poisoned(chain, attack, seed), chain.settings
     target = suspected_target(chain, attack, seed) if target is None else target
 
-    def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def compute(_: Path) -> Made:
         result = invert(chain, suspect, [Run.of(target, own.inversion)], seed)[0]
         tensors = {"mask": result.mask.cpu(), "pattern": result.pattern.cpu()}
         return {"trigger": tensors}, inversion_metrics(result)
@@ -208,7 +207,7 @@ def tuned(chain: Chain, attack: str, seed: int) -> Artifact:
     target = suspected_target(chain, attack, seed)
     found = [_SUSPECTED[name](chain, attack, seed) for name in own.tuning.triggers]
 
-    def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def compute(_: Path) -> Made:
         together = [trigger for several, _ in found for trigger in several]
         return tune_model(chain, suspect, together, target, seed)
 
@@ -227,7 +226,7 @@ def impacts(chain: Chain, attack: str, seed: int) -> Artifact:
     suspect, own = poisoned(chain, attack, seed), chain.settings
     found, target = inverted(chain, attack, seed), suspected_target(chain, attack, seed)
 
-    def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def compute(_: Path) -> Made:
         images, head = pool(chain, "inversion").images, class_head(chain, suspect.clip)
         trigger, count = inverted_trigger(chain, found), own.tuning.images
         return {}, {
@@ -255,7 +254,7 @@ def in_depth(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def tune_model(
     chain: Chain, suspect: Model, found: Sequence[Trigger], target: int, seed: int
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+) -> Made:
     """Step 3 on the profile's images: what is kept of it, tensors and metrics."""
     heldout = pool(chain, "heldout")
     result = tune(

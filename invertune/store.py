@@ -36,7 +36,8 @@ IDENTITY = ("step", "version", "settings", "upstream", "data")  # what a key is 
 
 Values = Mapping[str, Any]  # plain JSON values
 Tensors = Mapping[str, Mapping[str, Tensor]]  # file stem: {name: tensor}
-Compute = Callable[[Path], tuple[Tensors, Values]]
+Made = tuple[Tensors, Values]  # what a step leaves: its tensors and its metrics
+Compute = Callable[[Path], Made]
 
 
 class StoreError(RuntimeError):

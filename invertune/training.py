@@ -30,6 +30,7 @@ from invertune.terminal import progress
 
 MAX_LOGIT_SCALE = math.log(100)
 Terms = dict[str, Tensor]
+Log = list[dict[str, float]]  # the losses of some steps
 Method = tuple[Callable[[Tensor, int], Batch], Callable[..., Terms]]  # of rows, step; of a batch
 SAVES, SAVED_APART = 10, 100  # checkpoints a run; their distance in steps, at least
 
@@ -80,7 +81,7 @@ def fit(
     checkpoint: Path | None = None,
     save_every: int | None = None,
     log_every: int = 20,
-) -> list[dict[str, float]]:
+) -> Log:
     """Trains every parameter of ``net`` that requires a gradient, with AdamW.
 
     ``loss_at(step)`` returns named scalars; "loss" is minimized and all of them are logged. With
@@ -134,7 +135,7 @@ def _save(
     optimizer: torch.optim.Optimizer,
     path: Path,
     step: int,
-    log: list[dict[str, float]],
+    log: Log,
 ) -> None:
     tensors = {f"net.{k}": v.contiguous() for k, v in net.state_dict().items()}
     for name, parameter in parameters.items():
@@ -152,7 +153,7 @@ def _resume(
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     path: Path | None,
-) -> tuple[int, list[dict[str, float]]]:
+) -> tuple[int, Log]:
     if path is None or not path.exists():
         return 0, []
     device = next(iter(parameters.values())).device
@@ -224,7 +225,7 @@ def finetune(
     work: Path,
     label: str = "fine-tuning",
     cycled: bool = True,
-) -> list[dict[str, float]]:
+) -> Log:
     """Contrastive fine-tuning of both towers of ``clip`` in place; resumes in folder ``work``.
 
     Pairs as in ``contrastive_method``, ``cycled`` as in ``pair_indices``. Returns the log.

@@ -24,7 +24,7 @@ from invertune.prefetch import with_rows
 from invertune.sampling import batch_indices, generator
 from invertune.sections import Inversion
 from invertune.terminal import progress
-from invertune.training import TrainingError
+from invertune.training import Log, TrainingError
 
 LOG_EVERY = 5
 TERMS = ("align", "emb", "sim", "mask", "loss")
@@ -249,7 +249,7 @@ def _optimize(
     lambdas = [[run.lambda1, run.lambda2, run.lambda3, run.lambda4] for run in runs]
     weights = torch.tensor(lambdas, device=clip.device).T
     optimizer = torch.optim.Adam([leaf, pattern], lr=settings.lr)
-    logs: list[list[dict[str, float]]] = [[] for _ in runs]
+    logs: list[Log] = [[] for _ in runs]
     kept: list[list[tuple[State, Tensor, Tensor]]] = [[] for _ in runs]
     for step in progress(range(settings.steps), "trigger inversion"):
         terms = terms_at(step, leaf.expand(-1, 3, -1, -1), pattern)
