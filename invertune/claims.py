@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -58,20 +57,20 @@ class Claim:
         return (*self.each, *self.mean_over, *(self.subject or ())[:1])
 
 
-def load_claims(group: str = "", path: Path = CLAIMS) -> list[Claim]:
+def load_claims(group: str = "") -> list[Claim]:
     """The claims of expected/claims.yml whose id starts with ``group`` and a dot ("" for all).
 
     Groups: attacks, identification, inversion, tuning, table1, generalization, ablations. Raises
     ``ClaimError`` naming the claim and the unknown key, column or group.
     """
-    claims = [parse_claim(raw) for raw in yaml.safe_load(path.read_text(encoding="utf-8"))]
+    claims = [parse_claim(raw) for raw in yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))]
     ids = [claim.id for claim in claims]
     twice = [name for name in ids if ids.count(name) > 1]
     if twice:
-        raise ClaimError(f"claim {twice[0]} stands twice in {path}")
+        raise ClaimError(f"claim {twice[0]} stands twice in {CLAIMS}")
     chosen = [claim for claim in claims if not group or claim.id.startswith(f"{group}.")]
     if not chosen:
-        raise ClaimError(f"no claim of group {group!r} in {path}")
+        raise ClaimError(f"no claim of group {group!r} in {CLAIMS}")
     return chosen
 
 

@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from invertune import defenses, reports, steps, tables
-from invertune.chain import Chain, class_list
+from invertune.chain import Chain
 from invertune.figures import (
     COLUMN_IN,
     DEFENSE_COLORS,
@@ -201,10 +201,9 @@ def case_table(found: Sequence[Case], main: Chain) -> pd.DataFrame:
 def _chosen(case: Case, main: Chain, attack: str, seed: int) -> dict[str, Any]:
     chain, gate = with_rates(case, main, seed), case.chain.settings.attacks
     missed = tables.gate_missed(to_frame(reports.undefended_rows(chain, attack, seed)), gate)
-    ranking = steps.identified(chain, attack, seed).metrics["ranking"]
     line: dict[str, Any] = {
         "attack": "FAILED" if attack in missed else "passed",
-        "found": class_list(chain)[ranking[0]],
+        "found": steps.first_candidate(chain, attack, seed),
         "inverted ASR": steps.inverted(chain, attack, seed).metrics["inverted_asr"],
         "critical layers": tables.layers(steps.critical(chain, attack, seed).layers),
     }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from invertune import data as datasets
 from invertune import defenses, steps, tables
-from invertune.chain import Chain, Defender, class_head, class_list, pretrained
+from invertune.chain import Chain, Defender, class_head, pretrained
 from invertune.evaluation import evaluated
 from invertune.generalization import Rows, changed
 from invertune.reports import (
@@ -95,14 +95,9 @@ def variant_rows(chain: Chain, among: Collection[str] = VARIANTS) -> Rows:
         candidates = candidate_rows(other, found, {**base, "key": found.key, "variant": ""})
         rows += [{**r, "variant": f"{variant};{r['variant']}".strip(";")} for r in candidates]
         if other.defender.lacks:
-            rank = similarity_rank(chain, named(other, attack, seed))
+            rank = similarity_rank(chain, steps.first_candidate(other, attack, seed))
             rows.append(metric_row(base, "similarity_rank", rank, task="zeroshot"))
     return rows
-
-
-def named(chain: Chain, attack: str, seed: int) -> str:
-    """The class that step 1 puts first."""
-    return class_list(chain)[steps.identified(chain, attack, seed).metrics["ranking"][0]]
 
 
 def similarity_rank(chain: Chain, name: str) -> int:
@@ -165,7 +160,7 @@ def variant_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     shared = {"backbone": own.backbone, "target": own.target, "attack": attack}
     lines = []
     for variant, other in {"": chain, **variants(chain)}.items():
-        found = [named(other, attack, seed) for seed in own.seeds]
+        found = [steps.first_candidate(other, attack, seed) for seed in own.seeds]
         line: dict[str, Any] = {"InverTune": TITLES[variant], "found": ", ".join(found)}
         line["its rank by text"] = ", ".join(str(similarity_rank(chain, name)) for name in found)
         for (task, k), metric in itertools.product(TASKS, ("ca", "asr", "ca_loss")):

@@ -52,8 +52,7 @@ def purify(settings: Settings, out: Path, rounds: int = 1) -> str:
     settings = fitted(settings)
     chain, seed = open_chain(settings), settings.seeds[0]
     step1 = steps.identified(chain, SUSPECT, seed)
-    names = datasets.class_names(settings.data)
-    target = names[step1.metrics["ranking"][0]]
+    target = steps.first_candidate(chain, SUSPECT, seed)
     chain = replace(chain, settings=settings.model_copy(update={"target": target}))
     made = [(steps.inverted(chain, SUSPECT, seed).metrics, steps.tuned(chain, SUSPECT, seed))]
     if rounds > 1:

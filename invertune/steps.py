@@ -22,7 +22,7 @@ from invertune import triggers
 from invertune.activation_tuning import trigger_impacts, tune
 from invertune.activations import Selection, critical_layers
 from invertune.attacks import ATTACKS, Victim
-from invertune.chain import Chain, Model, class_head, pool, pretrained
+from invertune.chain import Chain, Model, class_head, class_list, pool, pretrained
 from invertune.models import embed_images
 from invertune.perturbations import as_trigger
 from invertune.results import natural_order
@@ -132,6 +132,11 @@ def increases(artifact: Artifact) -> dict[str, Increase]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def first_candidate(chain: Chain, attack: str, seed: int) -> str:
+    """The class that step 1 puts first, by its name in the defense's list."""
+    return class_list(chain)[identified(chain, attack, seed).metrics["ranking"][0]]
 
 
 def suspected_target(chain: Chain, attack: str, seed: int) -> int:

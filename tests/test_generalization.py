@@ -110,7 +110,7 @@ def test_a_variant_is_scored_with_the_full_list(
     other = passing_claims.variants(chain)["list=without_target"]
     monkeypatch.setattr(passing_claims, "variants", lambda _: {"list=without_target": other})
     rows = to_frame(passing_claims.variant_rows(chain))
-    found = passing_claims.named(other, "badclip", 0)
+    found = steps.first_candidate(other, "badclip", 0)
     candidates = rows[rows.metric == "mask_l1"].variant
     assert candidates.iloc[0] == f"list=without_target;candidate=1;class={found}"
     assert set(rows.variant) == {"list=without_target", *candidates}
