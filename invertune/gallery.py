@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -27,24 +27,27 @@ MOST_LINES = 30  # a longer table is linked, not shown
 def page(profile: str, results: pd.DataFrame, folder: Path) -> str:
     """The page as Markdown, of ``results`` as ``read_results`` gives them and files in ``folder``.
 
-    An item without files is named as not run yet; of what the paper does not have, only what is
-    there is shown.
+    An item without files is listed as not run yet; exhibits that the paper does not have are shown
+    only if they are there.
     """
     items, paper = yaml.safe_load(ITEMS.read_text()), _beside_paper(profile, results)
     notebooks = {item: name for name, own in items["notebooks"].items() for item in own}
-    beside = "The paper's numbers, of other data: [paper.csv](../../expected/paper.csv)."
+    beside = (
+        "The paper's numbers, which come from other data, are in "
+        "[paper.csv](../../expected/paper.csv)."
+    )
     if paper is not None:
-        beside = f"Every number beside the paper's: [{PAPER_NUMBERS}]({PAPER_NUMBERS})."
+        beside = f"[{PAPER_NUMBERS}]({PAPER_NUMBERS}) compares every number with the paper's."
     parts = [
         f"# Profile {profile}: claims, figures and tables",
-        f"From [the notebooks](../../notebooks) with [these settings](../../params/{profile}.yml); "
-        "what names several seeds is their mean, and whiskers reach from the lowest to the highest."
-        f" {beside}",
+        "This page shows what [the notebooks](../../notebooks) produced with "
+        f"[these settings](../../params/{profile}.yml). Entries for several seeds are means; "
+        f"whiskers range from the lowest seed to the highest. {beside}",
         "## Claims",
         *(
             _claims(results)
             if profile in claims.JUDGED
-            else ["Not judged: its numbers mean nothing."]
+            else ["Not judged: the numbers of this profile mean nothing."]
         ),
         "## The paper's figures and tables",
     ]
@@ -54,10 +57,10 @@ def page(profile: str, results: pd.DataFrame, folder: Path) -> str:
             about += f", {named_seeds(seeds[:1] if item in items['first_seed'] else seeds)}"
         if paper is not None and not (own := paper[paper.paper_item == item]).empty:
             about += f", the paper's numbers: {counted(own.verdict)}"
-        parts += [f"### {_name(item)}: {title}", *_shown(item, folder, about)]
+        parts += [f"### {_name(item)}: {title}", *_shown(item, folder, items["reading"], about)]
     parts.append("## Beyond the paper")
     for name, title in items["beyond"].items():
-        if found := _shown(name, folder):
+        if found := _shown(name, folder, items["reading"]):
             parts += [f"### {title}", *found]
     return "\n\n".join(parts) + "\n"
 
@@ -100,21 +103,22 @@ def _claims(results: pd.DataFrame) -> list[str]:
     shown = claims.shown(judged).rename(columns={"values": "seed: what decides"})
     frame = shown[["verdict", *(c for c in shown if c not in ("verdict", "margin", "spread"))]]
     return [
-        f"{claims_counted(judged)}. HOLDS: in every seed, by more than the seeds differ if there "
-        "are several; FAILS: in none; UNDECIDED: neither; UNTESTED: rows are missing. What decides "
-        "is the number on which the claim turns, with its cell or rival, or in how many cells it "
-        "is true.",
+        f"{claims_counted(judged)}. A claim HOLDS if it is true in every seed and, where there are "
+        "several, by more than the seeds differ. It FAILS if it is true in no seed, is UNDECIDED "
+        "in between, and UNTESTED if its rows are missing. The column *seed: what decides* has the "
+        "number of each seed that decides the claim, with the cell or competitor it came from, or "
+        "the number of cases in which it is true.",
         tables.frame_markdown(frame).strip(),
     ]
 
 
-def _shown(name: str, folder: Path, about: str = "") -> list[str]:
-    """Chart, table and links of one item: what of it is in ``folder``."""
+def _shown(name: str, folder: Path, reading: Mapping[str, str], about: str = "") -> list[str]:
+    """Links, reading aid, chart and table of one item: what of it is in ``folder``."""
     there = [s for s in ("csv", "tex", "pdf") if (folder / f"{name}.{s}").is_file()]
     if not there:
         return [f"{about}: not run yet."] if about else []
     links = " · ".join(f"[{suffix.upper()}]({name}.{suffix})" for suffix in there)
-    parts = [f"{about} · {links}".removeprefix(" · ")]
+    parts = [f"{about} · {links}".removeprefix(" · "), f"*What to look for:* {reading[name]}"]
     if (folder / f"{name}.png").is_file():
         parts.append(f"![{name}]({name}.png)")
     if (path := folder / f"{name}.md").is_file():

@@ -29,7 +29,7 @@ MINI = REPOSITORY / "figures" / "mini"
 def results_table(published: pd.DataFrame, paper: pd.DataFrame) -> str:
     """Per attack: before -> after InverTune, ours above the paper's; then our means.
 
-    A star marks an attack that missed its gate.
+    A star marks an attack that misses its gate.
     """
     attacks, missed = get_args(Attack), gate(published)
     lines = []
@@ -69,17 +69,27 @@ def _before_after(results: pd.DataFrame, attacks: Sequence[str], column: tuple[s
     return f"{rates['none']:.1f} → {rates['invertune']:.1f}"
 
 
+def star(published: pd.DataFrame) -> str:
+    """What the star in the first table means, and which attacks in which seeds; "" for none."""
+    missed, own = gate(published), load_settings("mini").attacks
+    named = ", ".join(
+        f"{label('attack', attack)} in {named_seeds(seeds)}" for attack, seeds in missed.items()
+    )
+    if not named:
+        return ""
+    return (
+        f"\\* The attack misses its gate (ASR of at least {own.gate_asr_percent:g} %, CA loss of "
+        f"at most {own.gate_ca_drop_points:g} points): {named}. The means include it."
+    )
+
+
 def defenses_caption(published: pd.DataFrame) -> str:
     """What the table of defenses shows, and which seeds it comes from."""
     own = published[(published.paper_item == "table1") & (published.defense == "ft")]
-    missed = ", ".join(
-        f"{label('attack', attack)} in {named_seeds(seeds)}"
-        for attack, seeds in gate(published).items()
-    )
-    star = f". \\* The attack misses its gate: {missed}" if missed else ""
     return (
-        f"Means over the six attacks, a line per defense (notebook 05, {named_seeds(own.seed)})"
-        f"{star}:"
+        f"Means over the six attacks, one line per defense (notebook 05, {named_seeds(own.seed)}). "
+        "*Images available* is what a defense may use; *images seen* counts an image each time it "
+        "is shown:"
     )
 
 
@@ -88,8 +98,8 @@ def cases_caption(cases: pd.DataFrame) -> str:
     failed = ", ".join(dict.fromkeys(cases[cases.attack == "FAILED"].case))
     gate = f"; the attack misses its gate on {failed}" if failed else ""
     return (
-        "Other targets (RN50-like) and other backbones (target mushroom) under BadCLIP: CA, ASR in "
-        f"percent (notebook 06, {named_seeds(cases.seed)}{gate}):"
+        "Other targets (RN50-like) and other backbones (target mushroom) under BadCLIP; each cell: "
+        f"CA, ASR in percent (notebook 06, {named_seeds(cases.seed)}{gate}):"
     )
 
 
@@ -114,16 +124,18 @@ def updated(readme: str, paper: pd.DataFrame, published: pd.DataFrame) -> str:
     ]
     parts = [
         results_table(published, paper),
+        star(published),
         defenses_caption(published),
         frame_markdown(pd.read_csv(MINI / "defenses.csv", dtype=str)),
         cases_caption(pd.read_csv(MINI / "generalization_cases.csv")),
         frame_markdown(both[0].merge(both[1], on=["defense", ""])),
-        "Claims, most of them the paper's, judged on mini: "
+        "Claims judged on mini, most of them the paper's: "
         f"{claims_counted(judge(load_claims(), published))}. "
-        "Each with its numbers, all figures and tables: [figures/mini](figures/mini/README.md).",
+        "[figures/mini](figures/mini/README.md) has each claim with its numbers, and all figures "
+        "and tables.",
     ]
     head, rest = readme.split(START)
-    found = "\n\n".join(part.strip() for part in parts)
+    found = "\n\n".join(part.strip() for part in parts if part)
     return f"{head}{START}\n{found}\n\n{END}{rest.split(END)[1]}"
 
 
