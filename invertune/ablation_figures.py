@@ -17,9 +17,8 @@ from invertune import figures, tables
 from invertune.ablations import ours, variant
 from invertune.chain import Chain
 from invertune.figures import AFTER, BEFORE, COLUMN_IN, MARKED, STYLE, attack_look, canvas, panels
-from invertune.reports import grid
 from invertune.sections import WEIGHTS
-from invertune.settings import compared
+from invertune.settings import compared, suspects
 
 
 @mpl.rc_context(STYLE)
@@ -79,7 +78,9 @@ def _curve(axes: Axes, rows: pd.DataFrame, places: Mapping[str, float], attack: 
 @mpl.rc_context(STYLE)
 def table3_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """Table 3's ASR at top 1 and top 10, by the trigger that the model was tuned with."""
-    names = list(dict(grid(chain, among=chain.settings.ablations.perturbation_attacks)))
+    names = list(
+        dict(suspects(chain.settings, among=chain.settings.ablations.perturbation_attacks))
+    )
     figure, axes = figures.bar_panels(len(names), 3)
     titles = {"inverted": "inverted trigger", "uap": "universal perturbation", "both": "both"}
     for chart, k in zip(axes[0], ("1", "10"), strict=True):
@@ -96,7 +97,7 @@ def table3_figure(chain: Chain, results: pd.DataFrame) -> Figure:
 @mpl.rc_context(STYLE)
 def rounds_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """ASR and CA after one and after two rounds of steps 2 and 3, per attack."""
-    names = list(dict(grid(chain, among=chain.settings.ablations.round_attacks)))
+    names = list(dict(suspects(chain.settings, among=chain.settings.ablations.round_attacks)))
     figure, axes = figures.bar_panels(len(names), 2)
     for chart, metric in zip(axes[0], ("asr", "ca"), strict=True):
         groups = {}
@@ -128,7 +129,7 @@ def figure6(chain: Chain, results: pd.DataFrame) -> Figure:
     )
     for chart, (title, metric, state) in zip(axes[0], shown, strict=True):
         places = {variant("beta", value) + state: value for value in values}
-        for attack in dict(grid(chain, among=chain.settings.ablations.beta_attacks)):
+        for attack in dict(suspects(chain.settings, among=chain.settings.ablations.beta_attacks)):
             where = {"attack": attack, "metric": metric, "defense": "invertune"}
             _curve(chart, ours(chain, results, list(places), **where), places, attack)
         chart.set(title=title, xlabel=r"$\beta$ (no unit)", xticks=ticks)
@@ -144,7 +145,7 @@ def updates_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     titles = {"inverted_asr": "Inverted ASR (%)", "mask_l1": "Mask size (L1)"}
     rows = results[results.variant.str.startswith("updates=")]
     for chart, (metric, title) in zip(axes[0], titles.items(), strict=True):
-        for attack in dict(grid(chain, among=chain.settings.ablations.switch_attacks)):
+        for attack in dict(suspects(chain.settings, among=chain.settings.ablations.switch_attacks)):
             own = ours(chain, rows, rows.variant.unique(), attack=attack, metric=metric)
             means = own.groupby(own.variant.str.removeprefix("updates=").astype(int)).value.mean()
             chart.plot(means, **attack_look(attack))

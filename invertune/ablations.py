@@ -16,10 +16,10 @@ from invertune.ablation_steps import found_triggers, inversions, scored, second_
 from invertune.chain import Chain
 from invertune.evaluation import RECALL_KS
 from invertune.metrics import Rate
-from invertune.reports import full_mask, grid, metric_row, own_rows, shared_columns
 from invertune.results import variant_text
+from invertune.rows import full_mask, metric_row, own_rows, shared_columns
 from invertune.sections import NULLS, WEIGHTS
-from invertune.settings import compared
+from invertune.settings import compared, suspects
 from invertune.store import Artifact
 
 TABLE3 = {"inverted": ("inverted",), "uap": ("universal",), "both": ("inverted", "universal")}
@@ -47,7 +47,9 @@ def inversion_rows(chain: Chain, attacks: Sequence[str], names: Iterable[str], i
     """
     rows: Rows = []
     several = [n for n in names if len(compared(chain.settings, "inversion", n)) > 1]
-    for (attack, seed), name in ((c, n) for c in grid(chain, among=attacks) for n in several):
+    for (attack, seed), name in (
+        (c, n) for c in suspects(chain.settings, among=attacks) for n in several
+    ):
         suspect = steps.poisoned(chain, attack, seed)
         for artifact, values in inversions(chain, attack, seed, name):
             found = found_triggers(chain, artifact)
@@ -75,7 +77,9 @@ def tuning_rows(chain: Chain, attacks: Sequence[str], names: Iterable[str], item
     """
     rows: Rows = []
     several = [n for n in names if len(compared(chain.settings, "tuning", n)) > 1]
-    for (attack, seed), name in ((c, n) for c in grid(chain, among=attacks) for n in several):
+    for (attack, seed), name in (
+        (c, n) for c in suspects(chain.settings, among=attacks) for n in several
+    ):
         for value in compared(chain.settings, "tuning", name):
             done = steps.tuned(with_value(chain, "tuning", name, value), attack, seed)
             text = variant(name, value)
@@ -110,7 +114,7 @@ def _purified_rows(
 def table3_rows(chain: Chain, attacks: Sequence[str]) -> Rows:
     """CA and ASR at top 1, 3, 5 and 10 after tuning with either trigger (Table 3), or both."""
     rows: Rows = []
-    for attack, seed in grid(chain, among=attacks):
+    for attack, seed in suspects(chain.settings, among=attacks):
         for name, found in TABLE3.items():
             done = steps.tuned(with_value(chain, "tuning", "triggers", found), attack, seed)
             about: dict[str, Any] = {"paper_item": "table3", "variant": {"trigger": name}}
@@ -121,7 +125,7 @@ def table3_rows(chain: Chain, attacks: Sequence[str]) -> Rows:
 def round_rows(chain: Chain, attacks: Sequence[str]) -> Rows:
     """CA and ASR after one and after two rounds of steps 2 and 3; the mask that each inverts."""
     rows: Rows = []
-    for attack, seed in grid(chain, among=attacks):
+    for attack, seed in suspects(chain.settings, among=attacks):
         first, again = steps.inverted(chain, attack, seed), second_round(chain, attack, seed)
         rounds = (
             (steps.tuned(chain, attack, seed), first.key, first.metrics),
@@ -141,7 +145,7 @@ def update_rows(chain: Chain) -> Rows:
     rows: Rows = []
     longest = max(compared(chain.settings, "inversion", "steps"))
     other = with_value(chain, "inversion", "steps", longest)
-    for attack, seed in grid(chain, among=chain.settings.ablations.switch_attacks):
+    for attack, seed in suspects(chain.settings, among=chain.settings.ablations.switch_attacks):
         target = steps.suspected_target(chain, attack, seed)
         found = steps.inverted(other, attack, seed, target)
         base = shared_columns(chain, attack, seed, found.key, task="zeroshot")
@@ -159,7 +163,7 @@ def perturbation_rows(chain: Chain) -> Rows:
     """
     rows: Rows = []
     names = datasets.class_names(chain.settings.data)
-    for attack, seed in grid(chain, nulls=True):
+    for attack, seed in suspects(chain.settings, nulls=True):
         done = steps.identified(chain, attack, seed)
         base = shared_columns(chain, attack, seed, done.key, task="zeroshot", k=1)
         for kind, increase in steps.increases(done).items():

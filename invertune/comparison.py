@@ -19,16 +19,9 @@ from invertune.chain import Chain
 from invertune.evaluation import evaluated
 from invertune.figures import COLUMN_IN, STYLE, bars, canvas, legend_above, percent_axis, rate_text
 from invertune.plan import invertune_passes
-from invertune.reports import (
-    TASKS,
-    defense_rows,
-    grid,
-    mean,
-    metric_row,
-    own_rows,
-    rates,
-    shared_columns,
-)
+from invertune.reports import defense_rows
+from invertune.rows import TASKS, mean, metric_row, own_rows, rates, shared_columns
+from invertune.settings import suspects
 from invertune.store import Artifact
 
 
@@ -40,7 +33,7 @@ def compared(chain: Chain) -> tuple[str, ...]:
 def comparison_rows(chain: Chain) -> list[dict[str, str]]:
     """Table 1 and each defense's data: images it may use, and images it was trained on."""
     rows: list[dict[str, str]] = []
-    for attack, seed in grid(chain):
+    for attack, seed in suspects(chain.settings):
         for defense in compared(chain):
             rows += defense_rows(chain, defense, attack, seed)
             key = defenses.defended(chain, defense, attack, seed).key
@@ -67,7 +60,7 @@ def data_use(chain: Chain, defense: str, attack: str, seed: int) -> tuple[int, i
 def rebound_rows(chain: Chain) -> list[dict[str, str]]:
     """CA and ASR after benign fine-tuning of every defended model."""
     rows: list[dict[str, str]] = []
-    for attack, seed in grid(chain, among=chain.settings.rebound.attacks):
+    for attack, seed in suspects(chain.settings, among=chain.settings.rebound.attacks):
         suspect = steps.poisoned(chain, attack, seed)
         for defense in compared(chain):
             model = defenses.rebound_model(chain, defense, attack, seed)
@@ -112,7 +105,7 @@ def summary_table(chain: Chain, results: pd.DataFrame, paper: pd.DataFrame) -> p
 
 def costs(chain: Chain, defense: str) -> dict[str, float]:
     """Mean seconds a model, over attacks and seeds, and the highest peak memory in MB."""
-    spent = [_artifacts(chain, defense, attack, seed) for attack, seed in grid(chain)]
+    spent = [_artifacts(chain, defense, attack, seed) for attack, seed in suspects(chain.settings)]
     seconds = np.mean([sum(a.meta["seconds"] for a in made) for made in spent])
     peak = max(a.meta["peak_mb"] for made in spent for a in made)
     return {"seconds": float(seconds), "peak MB": float(peak)}
@@ -128,7 +121,7 @@ def _artifacts(chain: Chain, defense: str, attack: str, seed: int) -> Sequence[A
 def rate_table(chain: Chain) -> pd.DataFrame:
     """How each baseline's learning rate was chosen: held-out CA at every rate that was run."""
     lines = []
-    for attack, seed in grid(chain):
+    for attack, seed in suspects(chain.settings):
         for defense in chain.settings.baselines.names:
             found = defenses.baseline(chain, defense, attack, seed).metrics
             lines.append(

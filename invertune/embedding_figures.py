@@ -27,7 +27,8 @@ from invertune.figures import AFTER, COLUMN_IN, MARKED, PLAIN, STYLE
 from invertune.metrics import Rate
 from invertune.models import embed_images, to_pixels
 from invertune.perturbations import perturb
-from invertune.reports import grid, metric_row, shared_columns
+from invertune.rows import metric_row, shared_columns
+from invertune.settings import suspects
 from invertune.tables import label
 from invertune.target_identification import strongest
 
@@ -124,7 +125,7 @@ def centroid_cosines(view: View) -> dict[str, float]:
 def embedding_rows(chain: Chain) -> list[dict[str, str]]:
     """Notebook 02: the numbers behind Figures 2-4 on both encoders, for every attack and seed."""
     rows = []
-    for attack, seed in grid(chain):
+    for attack, seed in suspects(chain.settings):
         key = steps.identified(chain, attack, seed).key
         base = shared_columns(chain, attack, seed, key, task="zeroshot")
         for encoder, view in encoder_views(chain, attack, seed).items():

@@ -17,7 +17,8 @@ from invertune import figures, image_figures, steps, tables, triggers
 from invertune.chain import Chain, Model, class_head
 from invertune.image_figures import Example
 from invertune.models import embed_images, to_pixels
-from invertune.reports import TASKS, inverted_energy, largest_increases, own_rows
+from invertune.reports import inverted_energy, largest_increases
+from invertune.rows import TASKS, own_rows
 from invertune.sections import NULLS, Attacks
 from invertune.target_identification import ranked_increases, strongest, weighted_mask
 

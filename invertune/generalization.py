@@ -27,10 +27,10 @@ from invertune.figures import (
     legend_above,
     percent_axis,
 )
-from invertune.reports import grid, metric_row, shared_columns
 from invertune.results import to_frame
+from invertune.rows import metric_row, shared_columns
 from invertune.sections import EMBEDDED
-from invertune.settings import other_models
+from invertune.settings import other_models, suspects
 from invertune.weights import for_any_backbone, locked_hash
 
 NOT_SHIPPED = "weights not shipped"
@@ -137,7 +137,7 @@ def fill(main: Chain, item: str, name: str, defense: str, seed: int) -> None:
 def case_rows(case: Case, main: Chain) -> Rows:
     """One case: CA and ASR of every defense, layer impacts, and the true target's rank."""
     rows: Rows = []
-    for attack, seed in grid(case.chain):
+    for attack, seed in suspects(case.chain.settings):
         chain = with_rates(case, main, seed)
         measured = reports.undefended_rows(chain, attack, seed)
         for defense in main.settings.generalization.defenses:
@@ -192,7 +192,7 @@ def case_table(found: Sequence[Case], main: Chain) -> pd.DataFrame:
     """
     lines: list[dict[str, Any]] = []
     for case in found:
-        for attack, seed in grid(case.chain):
+        for attack, seed in suspects(case.chain.settings):
             line = {"case": case.name, "seed": seed, "attack": NOT_SHIPPED}
             lines.append(line | (_chosen(case, main, attack, seed) if case.shipped else {}))
     return pd.DataFrame(lines)
@@ -216,7 +216,7 @@ def _chosen(case: Case, main: Chain, attack: str, seed: int) -> dict[str, Any]:
 
 def layer_table(case: Case) -> pd.DataFrame:
     """Tables 13-15: impact per layer (mean over seeds), in how many seeds it was critical."""
-    models = grid(case.chain)
+    models = suspects(case.chain.settings)
     moved = [steps.layer_impacts(case.chain, *model) for model in models]
     critical = [steps.critical(case.chain, *model) for model in models]
     lines = [

@@ -21,17 +21,10 @@ from invertune import defenses, steps, tables
 from invertune.chain import Chain, Defender, class_head, pretrained
 from invertune.evaluation import evaluated
 from invertune.generalization import Rows, changed
-from invertune.reports import (
-    TASKS,
-    candidate_rows,
-    defense_rows,
-    grid,
-    mean,
-    metric_row,
-    rates,
-    shared_columns,
-)
+from invertune.reports import candidate_rows, defense_rows
+from invertune.rows import TASKS, mean, metric_row, rates, shared_columns
 from invertune.sections import PICTOGRAMS
+from invertune.settings import suspects
 
 TITLES = {
     "": "as in Table 1",
@@ -125,7 +118,7 @@ def uniformity_rows(chain: Chain) -> Rows:
     kinds of perturbation.
     """
     rows: Rows = []
-    for attack, seed in grid(chain, nulls=True):
+    for attack, seed in suspects(chain.settings, nulls=True):
         done = steps.identified(chain, attack, seed)
         found = steps.increases(done)
         counts = {"none": next(iter(found.values())).clean}
@@ -146,7 +139,7 @@ def uniformity_rows(chain: Chain) -> Rows:
 def overlap_rows(chain: Chain) -> Rows:
     """Layers selected for an attack and for notebook 06's, over those of either (D.3; 1: equal)."""
     rows: Rows = []
-    for attack, seed in grid(chain):
+    for attack, seed in suspects(chain.settings):
         reference = chain.settings.generalization.attack
         one, two = (set(steps.critical(chain, name, seed).layers) for name in (attack, reference))
         base = shared_columns(chain, attack, seed, steps.impacts(chain, attack, seed).key)

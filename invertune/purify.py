@@ -24,6 +24,7 @@ from invertune.files import REPOSITORY
 from invertune.models import WEIGHTS, save_weights, to_pixels
 from invertune.real_data import fitted
 from invertune.results import read_results
+from invertune.rows import full_mask
 from invertune.sections import EMBEDDED, NULLS, PICTOGRAMS, Settings
 from invertune.store import Artifact
 from invertune.target_identification import weighted_mask
@@ -94,7 +95,7 @@ def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Ar
     ]
     tuned = [_round(number, *made) for number, made in enumerate(rounds, 1)]
     trigger = rounds[0][0]
-    share = 100 * trigger["mask_l1"] / reports.full_mask(chain)
+    share = 100 * trigger["mask_l1"] / full_mask(chain)
     parts = [
         f"# InverTune on {own.weights} ({own.backbone})",
         f"Profile {own.profile}, seed {own.seeds[0]}, {len(names):,} classes, "

@@ -1,32 +1,26 @@
-"""What the notebooks show: the steps' artifacts as rows of the results table, frames and images.
-
-Each ``*_rows`` function runs (or finds) one step for every attack and seed of the profile and
-returns rows for ``results.write_rows``; ``record`` writes them.
-"""
+"""Notebooks 01 to 05: the steps' artifacts as rows of the results table; ``record`` writes them."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from invertune import data as datasets
-from invertune import defenses, steps, tables, target_identification, triggers
+from invertune import defenses, steps, target_identification, triggers
 from invertune.chain import Chain, class_list, pretrained
 from invertune.evaluation import evaluated
 from invertune.files import REPOSITORY
-from invertune.metrics import Rate
-from invertune.results import row, write_rows, write_runs
+from invertune.results import write_rows, write_runs
+from invertune.rows import TASKS, full_mask, metric_row, rates, shared_columns
 from invertune.sections import NULLS
 from invertune.settings import suspects
 from invertune.store import Artifact
 from invertune.target_identification import Increase, ranked_increases, strongest
 
-TASKS = (("zeroshot", "1"), ("retrieval", "10"))  # with the k of Table 1
 IDENTIFICATION_TABLES = {
     "badnet": "table6",
     "blended": "table7",
@@ -56,59 +50,14 @@ def record(chain: Chain, rows: Sequence[dict[str, str]]) -> pd.DataFrame:
     return results[results.seed.isin([str(seed) for seed in chain.settings.seeds])]
 
 
-def own_rows(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
-    """The rows of this profile's backbone and target: notebook 06 adds others.
-
-    The size of a mask that never reached the ASR floor is infinite.
-    """
-    own = chain.settings
-    rows = tables.select(results, backbone=own.backbone, target=own.target)
-    never = (rows.metric == "mask_l1") & (rows.value == full_mask(chain))
-    return rows.assign(value=rows.value.mask(never, np.inf))
-
-
-def mean(results: pd.DataFrame, **where: str | Sequence[str]) -> float:
-    """Mean over everything that ``tables.select`` gives; NaN for nothing."""
-    return float(tables.select(results, **where).value.mean())
-
-
 def _run(artifact: Artifact) -> dict[str, Any]:
     versions = ";".join(f"{k}={v}" for k, v in artifact.meta["versions"].items())
     return {**artifact.meta, "key": artifact.key, "versions": versions}
 
 
-def shared_columns(
-    chain: Chain, attack: str, seed: int, key: str, defense: str = "none", **columns: Any
-) -> dict[str, Any]:
-    """The columns that rows of one model share; rows are extras unless they say otherwise."""
-    own = chain.settings
-    place = {"profile": own.profile, "backbone": own.backbone, "target": own.target}
-    about = {"attack": attack, "seed": seed, "key": key, "defense": defense}
-    return {**place, **about, "paper_item": "extra", **columns}
-
-
-def metric_row(
-    base: dict[str, Any], metric: str, value: Rate | float, **columns: Any
-) -> dict[str, str]:
-    """A row of ``base`` with one number, and its interval where it is a rate."""
-    return row(**{**base, **columns, "metric": metric, "value": value})
-
-
-def rates(artifact: Artifact) -> dict[str, Rate]:
-    """The measured rates of an evaluation artifact, e.g. "zeroshot.asr.1"."""
-    return {name: Rate(*value) for name, value in artifact.metrics.items()}
-
-
-def grid(
-    chain: Chain, nulls: bool = False, among: Collection[str] | None = None
-) -> list[tuple[str, int]]:
-    """Every attack (with ``nulls``: the controls too; ``among`` some) and seed of the profile."""
-    return suspects(chain.settings, nulls, among)
-
-
 def attack_rows(chain: Chain) -> list[dict[str, str]]:
     """Notebook 01: CA and ASR of every undefended model, its floors and the clean model's null."""
-    rows = [r for case in grid(chain) for r in undefended_rows(chain, *case)]
+    rows = [r for case in suspects(chain.settings) for r in undefended_rows(chain, *case)]
     for attack, seed in itertools.product(NULLS, chain.settings.seeds):
         model = steps.poisoned(chain, attack, seed)
         done = evaluated(chain, model, None, "none", seed)
@@ -154,7 +103,7 @@ def identification_rows(chain: Chain) -> list[dict[str, str]]:
     """
     names = datasets.class_names(chain.settings.data)
     rows: list[dict[str, str]] = []
-    for attack, seed in grid(chain, nulls=True):
+    for attack, seed in suspects(chain.settings, nulls=True):
         done = steps.identified(chain, attack, seed)
         base = shared_columns(chain, attack, seed, done.key, task="zeroshot")
         rows += candidate_rows(chain, done, base)
@@ -205,16 +154,11 @@ def largest_increases(chain: Chain, attack: str, seed: int) -> dict[str, float]:
     return dict(zip(datasets.class_names(chain.settings.data), points.tolist(), strict=True))
 
 
-def full_mask(chain: Chain) -> int:
-    """Number of mask entries: the size given to a run that never reached the ASR floor."""
-    return 3 * chain.settings.data.image_size_px**2
-
-
 def inversion_rows(chain: Chain) -> list[dict[str, str]]:
     """Notebook 03: inverted ASR on the evaluation set, mask size and place, beside the nulls."""
     rows: list[dict[str, str]] = []
     sizes: dict[tuple[str, int], float | None] = {}
-    for attack, seed in grid(chain, nulls=True):
+    for attack, seed in suspects(chain.settings, nulls=True):
         model, found = steps.poisoned(chain, attack, seed), steps.inverted(chain, attack, seed)
         trigger = steps.inverted_trigger(chain, found)
         fake = rates(evaluated(chain, model, trigger, found.key, seed))["zeroshot.asr.1"]
@@ -269,7 +213,7 @@ def defense_rows(chain: Chain, defense: str, attack: str, seed: int) -> list[dic
 def tuning_rows(chain: Chain) -> list[dict[str, str]]:
     """Notebook 04: layer impacts, and CA and ASR of the purified models (Tables 12 and 1)."""
     rows: list[dict[str, str]] = []
-    for attack, seed in grid(chain):
+    for attack, seed in suspects(chain.settings):
         rows += defense_rows(chain, "invertune", attack, seed)
         rows += _universal_rows(chain, attack, seed)
         rows += layer_rows(chain, attack, seed)

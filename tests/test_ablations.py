@@ -25,8 +25,8 @@ from invertune.evaluation import evaluated
 from invertune.kernels import compose
 from invertune.perturbations import as_trigger, paste
 from invertune.plan import planned
-from invertune.reports import full_mask
 from invertune.results import read_paper, to_frame
+from invertune.rows import full_mask
 from invertune.sections import WEIGHTS
 from invertune.settings import changed, compared, load_settings
 from invertune.store import entries
