@@ -57,12 +57,12 @@ def record(chain: Chain, rows: Sequence[dict[str, str]]) -> pd.DataFrame:
 
 
 def own_rows(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
-    """The rows of this profile's backbone and target: notebook 06 adds others.
+    """The rows of this profile's backbone and target (notebook 06 adds others), of every item.
 
     The size of a mask that never reached the ASR floor is infinite.
     """
     own = chain.settings
-    rows = tables.select(results, backbone=own.backbone, target=own.target)
+    rows = results[(results.backbone == own.backbone) & (results.target == own.target)]
     never = (rows.metric == "mask_l1") & (rows.value == full_mask(chain))
     return rows.assign(value=rows.value.mask(never, np.inf))
 
