@@ -17,6 +17,7 @@ from invertune import figures, tables
 from invertune.ablations import ours, variant
 from invertune.chain import Chain
 from invertune.figures import AFTER, BEFORE, COLUMN_IN, MARKED, STYLE, attack_look, canvas, panels
+from invertune.results import read_paper
 from invertune.sections import WEIGHTS
 from invertune.settings import compared, suspects
 
@@ -31,7 +32,7 @@ def table2_figure(
     """
     several = [w for w in WEIGHTS if len(compared(chain.settings, "inversion", w)) > 1]
     masks = metric == "mask_l1"
-    figure, axes = panels(len(several), 0.4, 1.4, sharey=masks)
+    figure, axes = panels(len(several), 0.7, 1.3, sharey=masks)
     titles = {"inverted_asr": "Inverted ASR (%)", "mask_l1": "Mask size (L1)", "ssim": "SSIM"}
     for chart, weight in zip(axes.flat, several, strict=False):
         values = sorted(compared(chain.settings, "inversion", weight))
@@ -41,17 +42,19 @@ def table2_figure(
             rows = ours(chain, results, list(places), attack=attack, metric=metric)
             _curve(chart, rows, places, attack)
         chart.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-        chart.set_xlabel(rf"$\lambda_{weight[-1]}$ (no unit)")
-        if not masks and np.isfinite(chart.dataLim.intervaly).all():
-            chart.set_title("values from {:.3g} to {:.3g}".format(*chart.dataLim.intervaly))
+        chart.set_xlabel(rf"$\lambda_{weight[-1]}$")
+        figures.mark_own(chart, values.index(getattr(chain.settings.inversion, weight)))
+        if metric == "inverted_asr":
+            figures.zoom(chart)
     for chart in axes[:, 0]:
         chart.set_ylabel(titles[metric])
     if masks:
         if any(np.isfinite(chart.dataLim.y1) for chart in axes.flat):  # else no mask is there
-            axes[0, 0].set_yscale("log")
-            axes[0, 0].margins(y=0.2)  # room for the open markers
-        look = {"marker": "o", "markersize": 3, "fillstyle": "none", "linestyle": ""}
-        axes[0, 0].plot([], [], color="black", label="ASR floor not reached", **look)
+            axes[0, 0].set_yscale("log", subs=[])  # ticks at powers only, none among open markers
+            axes[0, 0].margins(y=0.2)  # room for these
+        line = {"color": "0.6", "linewidth": 0.6, "label": "above it: ASR floor not reached"}
+        for chart in axes.flat[: len(several)]:
+            chart.plot([0, 1], [0.9, 0.9], transform=chart.transAxes, **line)
     figures.legend_above(figure, axes[0, 0])
     return figure
 
@@ -59,7 +62,7 @@ def table2_figure(
 def _curve(axes: Axes, rows: pd.DataFrame, places: Mapping[str, float], attack: str) -> None:
     """Means over seeds at the places of their variants; a band from min to max over seeds.
 
-    An infinite one, a mask that never reached the ASR floor, is an open marker at the top.
+    An infinite one, a mask that never reached the ASR floor, is an open marker in a band on top.
     """
     found = {places[text]: v for text, v in tables.by_seed(rows, "variant").items()}
     if not found:
@@ -69,7 +72,7 @@ def _curve(axes: Axes, rows: pd.DataFrame, places: Mapping[str, float], attack: 
     axes.plot(list(finite), [np.mean(v) for v in finite.values()], **look)
     never = [place for place in found if place not in finite]
     top = {"transform": axes.get_xaxis_transform(), "fillstyle": "none", "linestyle": ""}
-    axes.plot(never, [0.96] * len(never), **{**look, **top, "label": None})
+    axes.plot(never, [0.95] * len(never), **{**look, **top, "label": None})
     if any(len(v) > 1 for v in finite.values()):
         ends = [min(v) for v in finite.values()], [max(v) for v in finite.values()]
         axes.fill_between(list(finite), *ends, color=look["color"], alpha=0.2, linewidth=0)
@@ -82,7 +85,11 @@ def table3_figure(chain: Chain, results: pd.DataFrame) -> Figure:
         dict(suspects(chain.settings, among=chain.settings.ablations.perturbation_attacks))
     )
     figure, axes = figures.bar_panels(len(names), 3)
-    titles = {"inverted": "inverted trigger", "uap": "universal perturbation", "both": "both"}
+    titles = {
+        "inverted": "tuned with inverted trigger",
+        "uap": "with universal perturbation",
+        "both": "with both",
+    }
     for chart, k in zip(axes[0], ("1", "10"), strict=True):
         about, groups = {"paper_item": "table3", "metric": "asr", "k": k}, {}
         for source, title in titles.items():
@@ -116,15 +123,15 @@ def rounds_figure(chain: Chain, results: pd.DataFrame) -> Figure:
 def figure6(chain: Chain, results: pd.DataFrame) -> Figure:
     """Figure 6: CA and ASR over beta, a line per attack.
 
-    CA is that of the chosen state on evaluation images, and that of the last step on the images
-    that choose, which show drawings that the model was trained on.
+    CA is that of the chosen state on evaluation images, and that of the last step on held-out
+    images, which show drawings that the model was trained on. Beside ASR stands the paper's.
     """
     values = sorted(compared(chain.settings, "tuning", "beta"))
-    ticks = sorted({values[0], chain.settings.tuning.beta, values[-1]})
+    own = chain.settings.tuning.beta
     figure, axes = canvas(1, 3, COLUMN_IN, 1.9)
     shown = (
         ("CA,\nevaluation (%)", "ca", ""),
-        ("CA, last step, on the\nimages that choose (%)", "ca", ";state=last"),
+        ("held-out CA,\nlast step (%)", "ca", ";state=last"),
         ("ASR,\nevaluation (%)", "asr", ""),
     )
     for chart, (title, metric, state) in zip(axes[0], shown, strict=True):
@@ -132,8 +139,13 @@ def figure6(chain: Chain, results: pd.DataFrame) -> Figure:
         for attack in dict(suspects(chain.settings, among=chain.settings.ablations.beta_attacks)):
             where = {"attack": attack, "metric": metric, "defense": "invertune"}
             _curve(chart, ours(chain, results, list(places), **where), places, attack)
-        chart.set(title=title, xlabel=r"$\beta$ (no unit)", xticks=ticks)
-    axes[0, 2].set_ylim(bottom=0)
+        figures.mark_own(chart, own)
+        chart.set(title=title, xlabel=r"$\beta$", xticks=sorted({values[0], own, values[-1]}))
+    printed = tables.select(read_paper(), paper_item="figure6", metric="asr")
+    betas = printed.variant.str.removeprefix("beta=").astype(float)
+    look = {"marker": "o", "markersize": 3, "fillstyle": "none", "linestyle": "--"}
+    axes[0, 2].plot(betas, printed.value, color=MARKED, **look)
+    axes[0, 0].plot([], [], color=MARKED, label="the paper's ASR", **look)
     figures.legend_above(figure, axes[0, 0])
     return figure
 
@@ -149,10 +161,9 @@ def updates_figure(chain: Chain, results: pd.DataFrame) -> Figure:
             own = ours(chain, rows, rows.variant.unique(), attack=attack, metric=metric)
             means = own.groupby(own.variant.str.removeprefix("updates=").astype(int)).value.mean()
             chart.plot(means, **attack_look(attack))
-        chart.axvline(
-            chain.settings.inversion.steps, color="black", linestyle=":", label="own length"
-        )
+        figures.mark_own(chart, chain.settings.inversion.steps)
         chart.set(xlabel="Updates", ylabel=title)
+    figures.zoom(axes[0, 0])
     axes[0, 1].set_ylim(bottom=0)
     figures.legend_above(figure, axes[0, 0])
     return figure

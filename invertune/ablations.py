@@ -196,12 +196,14 @@ def table3(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
 def switch_table(
     chain: Chain, results: pd.DataFrame, section: str, names: Iterable[str]
 ) -> pd.DataFrame:
-    """A line per value of some settings; ``own`` marks the profile's."""
+    """A line per value of some settings; a column marks the profile's."""
     wanted = variants(chain, section, names)
     frame = tables.wide(ours(chain, results, wanted), ["variant"], ["attack", "metric"])
     texts = [variant(n, compared(chain.settings, section, n)[0]) for n in names]
     own = {tables.label("variant", text) for text in texts}
-    frame.insert(1, "own", ["yes" if text in own else "" for text in frame["variant"]])
+    frame.insert(
+        1, "this profile's value", ["yes" if text in own else "" for text in frame["variant"]]
+    )
     return frame
 
 

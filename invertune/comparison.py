@@ -74,16 +74,23 @@ def rebound_rows(chain: Chain) -> list[dict[str, str]]:
 
 
 def table1(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
-    """Table 1: CA and ASR of both tasks, a line per defense (means over seeds).
+    """Table 1: CA and ASR of both tasks, a line per defense (means over seeds, lowest and highest).
 
     A star marks an attack that missed its gate in a seed.
     """
     rows = own_rows(chain, results)
-    missed = tables.gate_missed(rows, chain.settings.attacks)
+    names = starred(chain, rows)
     rows = tables.select(rows, paper_item="table1", metric=["ca", "asr"])
-    table = tables.wide(rows, ["task", "metric", "defense"], ["attack"])
-    names = (tables.label("attack", attack) for attack in missed)
-    return table.rename(columns={name: f"{name}*" for name in names})
+    table = tables.wide(rows, ["task", "metric", "defense"], ["attack"], spread=True)
+    if rows.seed.nunique() > 1:
+        table.insert(3, "seeds", rows.seed.nunique())
+    return table.rename(columns=names)
+
+
+def starred(chain: Chain, own: pd.DataFrame) -> dict[str, str]:
+    """The labels of the attacks that missed their gate in a seed, each with a star."""
+    missed = tables.gate_missed(own, chain.settings.attacks)
+    return {name: f"{name}*" for name in (tables.label("attack", attack) for attack in missed)}
 
 
 def summary_table(chain: Chain, results: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
@@ -146,24 +153,33 @@ def rebound_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
 
 @mpl.rc_context(STYLE)
 def table1_figure(chain: Chain, results: pd.DataFrame) -> Figure:
-    """Table 1 as two heatmaps a task: ASR (%) and CA loss (points), defenses by attacks."""
+    """Table 1 as two heatmaps a task: ASR (%) and CA loss (points), defenses by attacks.
+
+    A cell is the mean over seeds, with the lowest and the highest below if they are several.
+    """
     looks = (
         ("asr", "ASR (%), light 0 to dark 100", 100),
-        ("ca_loss", "CA loss (points), light 0 to dark 10 or more", 10),
+        ("ca_loss", "CA loss (points), light 0 to dark 12 or more", 12),
     )
-    figure, axes = canvas(4, 1, COLUMN_IN, 1.2 + 0.68 * len(compared(chain)), sharex=True)
+    own, names = own_rows(chain, results), compared(chain)
+    attacks = {name: tables.label("attack", name) for name in chain.settings.attacks.names}
+    stars = starred(chain, own)
+    figure, axes = canvas(4, 1, COLUMN_IN, 1.3 + 0.96 * len(names), sharex=True)
     for line, (task, k) in zip(axes[:, 0].reshape(2, 2), TASKS, strict=True):
-        where = {"task": task, "k": k, "variant": "", "defense": list(compared(chain))}
         for chart, (metric, title, top) in zip(line, looks, strict=True):
-            values = _by_attack(chain, own_rows(chain, results), metric=metric, **where)
+            where = {"task": task, "k": k, "variant": "", "metric": metric}
+            found = {d: tables.by_seed(own, "attack", defense=d, **where) for d in names}
+            cells = pd.DataFrame(found).T.reindex(columns=list(attacks))
+            cells.index = pd.Index([tables.label("defense", name) for name in names])
+            cells = cells.rename(columns=attacks).rename(columns=stars)
             sns.heatmap(
-                values,
+                cells.map(np.mean).astype(float),
                 ax=chart,
                 vmin=0,
                 vmax=top,
-                annot=values.map(rate_text),
+                annot=cells.map(_cell),
                 fmt="",
-                annot_kws={"size": 6},
+                annot_kws={"size": 5.5, "linespacing": 1.1},
                 cmap="rocket_r" if metric == "asr" else "mako_r",
                 cbar=False,  # every cell has its number
             )
@@ -171,21 +187,16 @@ def table1_figure(chain: Chain, results: pd.DataFrame) -> Figure:
             chart.tick_params(length=0)
             chart.tick_params("x", rotation=20)
             chart.tick_params("y", rotation=0)
+    notes = ["below a mean: lowest to highest seed"] if own.seed.nunique() > 1 else []
+    notes += ["*: missed the attack's gate in a seed"] if stars else []
+    figure.supxlabel("\n".join(notes), fontsize=STYLE["axes.labelsize"])
     return figure
 
 
-def _by_attack(chain: Chain, results: pd.DataFrame, **where: Any) -> pd.DataFrame:
-    names = chain.settings.attacks.names
-    table = {
-        tables.label("defense", defense): {
-            tables.label("attack", attack): mean(
-                results, **{**where, "defense": defense, "attack": attack}
-            )
-            for attack in names
-        }
-        for defense in where["defense"]
-    }
-    return pd.DataFrame(table).T
+def _cell(values: Sequence[float]) -> str:
+    """The mean, and below it the lowest and the highest of several."""
+    mean, low, high = (rate_text(float(f(values))) for f in (np.mean, np.min, np.max))
+    return f"{mean}\n{low}-{high}" if np.size(values) > 1 else mean
 
 
 @mpl.rc_context(STYLE)

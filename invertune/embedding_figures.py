@@ -155,16 +155,16 @@ def _view_rows(view: View, encoder: str, base: dict[str, Any]) -> list[dict[str,
 @mpl.rc_context(STYLE)
 def figure2(views: Mapping[str, View], seed: int = 0) -> Figure:
     """Figure 2: t-SNE of the image features, with numbers measured on the features themselves."""
-    figure, axes = figures.canvas(1, 2, COLUMN_IN, 2.6)
+    figure, axes = figures.canvas(1, 2, COLUMN_IN, 2.75)
     for chart, (encoder, view) in zip(axes[0], views.items(), strict=True):
         points = torch.cat([view.images[kind] for kind in LOOKS]).double().numpy()
         tsne = TSNE(perplexity=min(30, len(points) // 4), method="exact", random_state=seed)
         places, kinds = tsne.fit_transform(points), [[k] * len(view.images[k]) for k in LOOKS]
         for kind, look in LOOKS.items():
             chart.scatter(*places[np.concatenate(kinds) == kind].T, linewidth=0.6, **look)
-        text = "t-SNE (no unit)\nsilhouettes: triggered {triggered:.2f},\n"
-        text += "adversarial {adversarial:.2f}, both {together:.2f}\n"
-        text += "centroids' cosine {triggered_adversarial:.2f}"
+        text = "t-SNE\nsilhouettes: triggered {triggered:.2f},\nadversarial {adversarial:.2f},\n"
+        text += "the two together {together:.2f};\n"
+        text += "cosine of their centroids {triggered_adversarial:.2f}"
         numbers = text.format(**silhouettes(view), **centroid_cosines(view))
         chart.set(title=view.title(f"{encoder} encoder"), xticks=[], yticks=[], xlabel=numbers)
     figures.legend_above(figure, axes[0, 0])
@@ -190,6 +190,8 @@ def figure3(views: Mapping[str, View]) -> Figure:
             title=view.title(f"{encoder} encoder"), xlabel="", ylabel="Change in cosine similarity"
         )
         chart.get_legend().remove()
+    axes[0, 0].plot([], [], color="0.25", linestyle="--", label="median")
+    axes[0, 0].plot([], [], color="0.25", linestyle=":", label="quartiles")
     figures.legend_above(figure, axes[0, 0])
     return figure
 
@@ -205,10 +207,11 @@ def figure4(views: Mapping[str, View]) -> Figure:
             table = (view.images[kind] @ view.texts.T).numpy()
             drawn = chart.imshow(table, aspect="auto", interpolation="nearest", **look)
             chart.set_title(view.title(kind))
-        line[0].set_ylabel(f"{encoder} encoder")
+        line[0].set_ylabel(f"{encoder} encoder:\nimages, by class")
     middles = [float((view.labels == i).nonzero().double().mean()) for i in range(1, CLASSES)]
     axes[0, 0].set_yticks(middles, view.names[1:])
     for chart in axes[1]:
         chart.set_xticks(range(CLASSES), view.names, rotation=90)
+        chart.set_xlabel("texts")
     figure.colorbar(drawn, ax=axes, label="Cosine similarity", aspect=40, location="top")
     return figure

@@ -20,6 +20,7 @@ from invertune.models import embed_images, to_pixels
 from invertune.reports import inverted_energy, largest_increases
 from invertune.rows import TASKS, own_rows
 from invertune.sections import NULLS, Attacks
+from invertune.settings import suspects
 from invertune.target_identification import ranked_increases, strongest, weighted_mask
 
 
@@ -78,8 +79,8 @@ def gate_figure(chain: Chain, results: pd.DataFrame) -> Figure:
 
 
 def ranking_table(chain: Chain) -> pd.DataFrame:
-    """Per model and seed: the candidates, smallest product first, with its factors: the mask's size
-    and the percentage of images that the largest increase leaves.
+    """Per model and seed: the candidates, smallest evidence first, with its factors: the mask's
+    size and the percentage of images that the largest increase leaves.
     """
     names, lines = datasets.class_names(chain.settings.data), []
     for attack in (*NULLS, *chain.settings.attacks.names):
@@ -96,7 +97,7 @@ def ranking_table(chain: Chain) -> pd.DataFrame:
                     "candidates": ", ".join(chosen),
                     "mask L1 at equal ASR": _whole(sizes),
                     "largest increase": ", ".join(f"{gains[c]:+.1f}" for c in chosen),
-                    "score (mask L1 x % that resist)": _whole(weighted),
+                    "evidence (mask L1 x % that resist)": _whole(weighted),
                     "found": "(null)"
                     if attack in NULLS
                     else "yes"
@@ -168,7 +169,7 @@ def figure7(chain: Chain, inverted: bool = True) -> Figure:
     original = {name: trigger_example(chain, name, seed) for name in names}
     for name in names if inverted else ():
         share = inverted_energy(chain, name, name, seed)
-        note = "" if share is None else f"{share:.0f} % in place"
+        note = "" if share is None else f"{share:.0f} % of the mask's\nenergy at the patch"
         found[name] = replace(trigger_example(chain, name, seed, True), note=note)
     return image_figures.figure7(original, found)
 
@@ -179,7 +180,7 @@ def trigger_example(
     """A triggered evaluation image and the trigger alone.
 
     A patch and an inverted trigger are shown as mask times pattern; any other trigger as what it
-    changes in this image, amplified around mid-gray.
+    changes in this image, around mid-gray, as strong as it can be shown.
     """
     if inverted:
         trigger = steps.inverted_trigger(chain, steps.inverted(chain, attack, seed))
@@ -189,8 +190,8 @@ def trigger_example(
     triggered = as_picture(triggers.apply(trigger, image)[0])
     if trigger.kind in ("patch", "mask"):
         return Example(triggered, as_picture(triggers.apply(trigger, torch.zeros_like(image))[0]))
-    changed = image_figures.amplify(triggered, as_picture(image[0]))
-    return Example(triggered, changed, f"difference x{image_figures.AMPLIFICATION}")
+    changed, factor = image_figures.difference(triggered, as_picture(image[0]))
+    return Example(triggered, changed, f"difference x{factor:.1f}")
 
 
 def example_images(chain: Chain, part: str = "evaluation") -> Tensor:
@@ -206,29 +207,29 @@ def as_picture(image: Tensor) -> np.ndarray:
 
 
 def layer_table(chain: Chain) -> pd.DataFrame:
-    """Table 12 with every attack: impact of the inverted trigger per layer, threshold, critical
-    layers; and the neurons that step 3 tuned, which may go by other triggers and another rule.
+    """Tables 12-15, per attack and seed: impact of the inverted trigger per layer, threshold,
+    critical layers; and the neurons that step 3 tuned, which may go by other triggers and another
+    rule.
     """
     lines = []
-    for attack in chain.settings.attacks.names:
-        for seed in chain.settings.seeds:
-            moved = steps.layer_impacts(chain, attack, seed)
-            critical = steps.critical(chain, attack, seed)
-            neurons = steps.in_depth(steps.tuned(chain, attack, seed).metrics["neurons"])
-            lines.append(
-                {
-                    "attack": tables.label("attack", attack),
-                    "seed": seed,
-                    **{tables.label("layer", k): v for k, v in moved.items()},
-                    "mean": critical.mean,
-                    "std": critical.std,
-                    "threshold": critical.threshold,
-                    "critical": tables.layers(critical.layers),
-                    "tuned neurons": ", ".join(
-                        f"{tables.label('layer', k)}: {count}" for k, count in neurons.items()
-                    ),
-                }
-            )
+    for attack, seed in suspects(chain.settings):
+        moved = steps.layer_impacts(chain, attack, seed)
+        critical = steps.critical(chain, attack, seed)
+        neurons = steps.in_depth(steps.tuned(chain, attack, seed).metrics["neurons"])
+        lines.append(
+            {
+                "attack": tables.label("attack", attack),
+                "seed": seed,
+                **{tables.label("layer", k): v for k, v in moved.items()},
+                "mean": critical.mean,
+                "std": critical.std,
+                "threshold": critical.threshold,
+                "critical": tables.layers(critical.layers),
+                "tuned neurons": ", ".join(
+                    f"{tables.label('layer', k)}: {count}" for k, count in neurons.items()
+                ),
+            }
+        )
     return pd.DataFrame(lines)
 
 

@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
@@ -25,7 +26,7 @@ from invertune.results import ATTACKS
 from invertune.tables import label
 
 COLUMN_IN, PAGE_IN = 3.3, 6.9  # widths of one and of two columns of the paper, in inches
-DPI = 200
+DPI = 400
 
 # Attacks: seaborn's "colorblind" palette without its pairs of blues and of oranges, filled up with
 # red and black; defenses: Paul Tol's "muted". A color means an attack or a defense (gray: none).
@@ -51,6 +52,7 @@ DEFENSE_COLORS = {
 OTHER_COLOR = "#ECE133"  # an attack or defense added later
 MARKED, PLAIN, BEFORE, AFTER = "#D55E00", "#949494", "#BBBBBB", "#332288"
 WHISKERS = "min to max over seeds"
+OWN = "this profile's value"
 
 STYLE: Any = {
     **sns.axes_style("ticks"),
@@ -77,7 +79,7 @@ Values = Mapping[str, Sequence[float]]
 
 
 def save(figure: Figure, folder: Path, name: str) -> Figure:
-    """Writes NAME.png (200 dpi) and NAME.pdf, and returns the figure.
+    """Writes NAME.png (400 dpi) and NAME.pdf, and returns the figure.
 
     The same figure gives the same bytes, so no dates.
     """
@@ -159,7 +161,7 @@ def increase_bars(axes: Axes, increases: Mapping[str, float], target: str, top: 
     values = [increases[name] for name in names]
     colors = [MARKED if name == target else PLAIN for name in names]
     bars = axes.barh(range(len(names)), values, color=colors, height=0.75)
-    axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=2, fontsize=5.5)
+    axes.bar_label(bars, [rate_text(value) for value in values], padding=2, fontsize=5.5)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.margins(x=0.15)
@@ -171,11 +173,12 @@ def bars(
     groups: Mapping[str, Values],
     colors: Sequence[str] = (BEFORE, AFTER),
     column: str = "attack",
+    aside: bool = False,
 ) -> None:
     """Draws horizontal bars: for each of ``names``, of a ``column`` of the results, one per group.
 
-    A bar is the mean over seeds, written at its end; whiskers go from min to max if seeds are
-    several. A group need not have every name.
+    A bar is the mean over seeds, written at its end, or ``aside`` of the chart; whiskers go from
+    min to max if seeds are several. A group need not have every name.
     """
     several = any(len(v) > 1 for values in groups.values() for v in values.values())
     height = 0.8 / len(groups)
@@ -196,8 +199,14 @@ def bars(
             ecolor="0.45",  # seen on light and on dark bars
             error_kw={"elinewidth": 0.8, "label": WHISKERS if i == 0 else "_nolegend_"},
         )
-        halo = [withStroke(linewidth=1.5, foreground="white")]  # where a line crosses the number
-        axes.bar_label(drawn, fmt=rate_text, padding=1, fontsize=5, path_effects=halo)
+        if aside:
+            right = axes.get_yaxis_transform()
+            for bar, mean in zip(drawn, means, strict=True):
+                middle = bar.get_y() + bar.get_height() / 2
+                axes.text(1.02, middle, rate_text(mean), transform=right, va="center", fontsize=5)
+        else:
+            halo = [withStroke(linewidth=1.5, foreground="white")]  # a line crosses the number
+            axes.bar_label(drawn, fmt=rate_text, padding=1, fontsize=5, path_effects=halo)
     axes.set_yticks(range(len(names)), [label(column, name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
 
@@ -214,9 +223,32 @@ def percent_axis(axes: Axes, title: str) -> None:
 
 def legend_above(figure: Figure, axes: Axes) -> None:
     """One legend over the whole figure, so that it never covers a bar."""
-    handles, titles = axes.get_legend_handles_labels()
-    columns = 2 if figure.get_figwidth() <= COLUMN_IN else len(titles)
-    figure.legend(handles, titles, loc="outside upper center", ncols=max(1, columns))
+    shown = legend(axes)
+    columns = 2 if figure.get_figwidth() <= COLUMN_IN else max(1, len(shown["labels"]))
+    figure.legend(**shown, loc="outside upper center", ncols=columns)
+
+
+def legend(axes: Axes) -> dict[str, list[Any]]:
+    """Handles and labels of a chart's legend; bars come first."""
+    pairs = list(zip(*axes.get_legend_handles_labels(), strict=True))
+    pairs.sort(key=lambda pair: not isinstance(pair[0], BarContainer))
+    return {"handles": [pair[0] for pair in pairs], "labels": [pair[1] for pair in pairs]}
+
+
+def zoom(axes: Axes) -> None:
+    """A vertical axis of percent: from 0, or from 90 where nothing is lower, which the title says.
+
+    Charts beside each other have one of two scales then, and an image or two make no jump.
+    """
+    low = 90 if 90 <= axes.dataLim.y0 <= 100 else 0
+    margin = (100 - low) / 20
+    axes.set(ylim=(low - margin, 100 + margin), yticks=(low, (low + 100) // 2, 100))
+    axes.set_title("zoomed: 90 to 100 %" if low else "")
+
+
+def mark_own(axes: Axes, place: float) -> None:
+    """A dotted vertical line at the profile's own value, on a line chart."""
+    axes.axvline(place, color="black", linestyle=":", linewidth=0.8, zorder=0, label=OWN)
 
 
 @mpl.rc_context(STYLE)
@@ -248,11 +280,10 @@ def attack_gate(
     names = in_order(asr, ca_loss)
     figure, axes = bar_panels(len(names), 1)
     for chart, values, gate in zip(axes[0], (asr, ca_loss), (asr_gate, ca_gate), strict=True):
-        bars(chart, names, {"mean (the number)": values})
+        bars(chart, names, {"mean (the number)": values}, aside=True)
         chart.axvline(gate, color="black", linestyle="--", linewidth=0.8, label="gate")
-    percent_axis(axes[0, 0], f"ASR (%), at least {asr_gate:g}")
+    axes[0, 0].set(xlabel=f"ASR (%), at least {asr_gate:g}", xticks=range(0, 101, 25))
     axes[0, 1].set_xlabel(f"CA loss (points), at most {ca_gate:g}")
-    axes[0, 1].margins(x=0.15)
     notes = [f"{label('attack', name)} {text}" for name, text in (failed or {}).items()]
     figure.supxlabel("\n".join(notes), fontsize=STYLE["axes.labelsize"])
     legend_above(figure, axes[0, 0])

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from invertune import defenses, reports, steps, tables
+from invertune import defenses, exhibits, reports, steps, tables
 from invertune.chain import Chain
 from invertune.figures import (
     COLUMN_IN,
@@ -215,24 +215,8 @@ def _chosen(case: Case, main: Chain, attack: str, seed: int) -> dict[str, Any]:
 
 
 def layer_table(case: Case) -> pd.DataFrame:
-    """Tables 13-15: impact per layer (mean over seeds), in how many seeds it was critical."""
-    models = suspects(case.chain.settings)
-    moved = [steps.layer_impacts(case.chain, *model) for model in models]
-    critical = [steps.critical(case.chain, *model) for model in models]
-    lines = [
-        {
-            "layer": tables.label("layer", layer),
-            "impact": float(np.mean([impacts[layer] for impacts in moved])),
-            "critical": f"{sum(layer in own.layers for own in critical)} of {len(models)}",
-        }
-        for layer in moved[0]
-    ]
-    statistics = ("threshold", "mean", "std")
-    lines += [
-        {"layer": name, "impact": float(np.mean([getattr(own, name) for own in critical]))}
-        for name in statistics
-    ]
-    return pd.DataFrame(lines)
+    """Tables 13-15, in the form of Table 12."""
+    return exhibits.layer_table(case.chain)
 
 
 @mpl.rc_context(STYLE)

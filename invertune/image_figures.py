@@ -21,12 +21,10 @@ from invertune.figures import (
     canvas,
     in_order,
     increase_bars,
-    legend_above,
+    legend,
     percent_axis,
 )
 from invertune.tables import label
-
-AMPLIFICATION = 8  # a blended or warped trigger is invisible at its own strength
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,13 @@ class Example:
     note: str = ""
 
 
-def amplify(triggered: np.ndarray, clean: np.ndarray) -> np.ndarray:
-    """What a trigger changes in an image, eight times as strong, around mid-gray, in [0, 1]."""
-    return np.clip(0.5 + AMPLIFICATION * (triggered - clean), 0, 1)
+def difference(triggered: np.ndarray, clean: np.ndarray) -> tuple[np.ndarray, float]:
+    """What a trigger changes in an image, around mid-gray, and the factor that it is shown with:
+    the one at which the largest change just becomes black or white.
+    """
+    changed = triggered - clean
+    factor = 0.5 / max(float(np.abs(changed).max()), 1 / 255)
+    return np.clip(0.5 + factor * changed, 0, 1), factor
 
 
 def show(axes: Axes, image: np.ndarray, title: str = "") -> None:
@@ -61,17 +63,20 @@ def figure7(original: Mapping[str, Example], inverted: Mapping[str, Example]) ->
     it for the inverted one. An empty ``inverted`` leaves the upper half only.
     """
     names = in_order(original, inverted)
-    halves = {"Original": original, "Inverted": inverted}
-    shown = {title: examples for title, examples in halves.items() if examples}
+    halves = (
+        ("Original trigger", "Trigger alone\nor difference", original),
+        ("Inverted trigger", "Trigger alone", inverted),
+    )
+    shown = [half for half in halves if half[2]]
     figure, axes = canvas(2 * len(shown), len(names), PAGE_IN, 2.3 * len(shown) + 0.2)
-    for half, (title, examples) in enumerate(shown.items()):
+    for half, (title, below, examples) in enumerate(shown):
         for column, name in enumerate(names):
             upper, lower = axes[2 * half : 2 * half + 2, column]
             _pair(upper, lower, examples.get(name))
             if half == 0:
                 upper.set_title(label("attack", name))
-        axes[2 * half, 0].set_ylabel(f"{title} trigger")
-        axes[2 * half + 1, 0].set_ylabel("Trigger alone")
+        axes[2 * half, 0].set_ylabel(title)
+        axes[2 * half + 1, 0].set_ylabel(below)
     return figure
 
 
@@ -102,7 +107,7 @@ def figure1(
     ``identified``: the class that step 1 found; ``inverted``: the inverted trigger as an image;
     ``asr``: (before, after) tuning, in percent.
     """
-    figure, axes = canvas(1, 5, PAGE_IN, 1.75, width_ratios=[1, 1, 1.2, 1, 1.6])
+    figure, axes = canvas(1, 5, PAGE_IN, 1.85, width_ratios=[1, 1, 1.2, 1, 1.6])
     show(axes[0, 0], clean, "Clean image")
     show(axes[0, 1], triggered, f"{label('attack', attack)} trigger")
     for chart, name in zip(axes[0], predicted, strict=False):
@@ -114,5 +119,5 @@ def figure1(
     bars(axes[0, 4], in_order(before, after), {"before": before, "after": after})
     percent_axis(axes[0, 4], "ASR (%)")
     axes[0, 4].set_title("3 Tuning")
-    legend_above(figure, axes[0, 4])
+    figure.legend(**legend(axes[0, 4]), loc="outside upper right", ncols=2)
     return figure

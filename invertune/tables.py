@@ -121,9 +121,12 @@ def verdict(ours: float, paper: float, unit: str) -> str:
     return "MATCH" if distance <= match else "NEAR" if distance <= near else "DIFFERS"
 
 
-def wide(results: pd.DataFrame, index: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+def wide(
+    results: pd.DataFrame, index: Sequence[str], columns: Sequence[str], spread: bool = False
+) -> pd.DataFrame:
     """Means over seeds as a table: one line per ``index``, one column per ``columns``, labeled.
 
+    With ``spread`` the lowest and the highest seed stand behind the means, if seeds are several.
     Raises ``ResultsError`` when two numbers would fall into one cell: filter or name more columns.
     """
     means, used = seed_summary(results), [*index, *columns]
@@ -133,6 +136,9 @@ def wide(results: pd.DataFrame, index: Sequence[str], columns: Sequence[str]) ->
     for column in used:
         names = {name: label(column, name) for name in _ordered(means[column])}
         means[column] = pd.Categorical(means[column].map(names), list(names.values()), ordered=True)
+    if spread and means["seeds"].max() > 1:
+        cells = zip(means["mean"], means["min"], means["max"], strict=True)
+        means["mean"] = [f"{mean:.2f} ({low:.2f}-{high:.2f})" for mean, low, high in cells]
     table = means.pivot(index=list(index), columns=list(columns), values="mean")
     table = table.sort_index().sort_index(axis=1)  # several columns come as they are met
     table.columns = [key if isinstance(key, str) else " ".join(key) for key in table.columns]

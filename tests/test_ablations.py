@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import QUICK
 
-from invertune import ablation_figures, ablations, steps, tables, triggers
+from invertune import ablation_figures, ablations, figures, steps, tables, triggers
 from invertune.ablation_steps import (
     found_triggers,
     inversions,
@@ -144,10 +144,13 @@ def test_figure6_has_a_chart_for_each_kind_of_ca_and_for_asr(chain: Chain) -> No
     rows = to_frame(ablations.tuning_rows(chain, ["blended"], ["beta"], "figure6"))
     table = rows[rows.paper_item == "figure6"]
     assert set(table.variant) == {"beta=0.5", "beta=0"} and set(table.metric) == {"ca", "asr"}
-    assert list(ablations.switch_table(chain, rows, "tuning", ["beta"])["own"]) == ["", "yes"]
+    assert list(
+        ablations.switch_table(chain, rows, "tuning", ["beta"])["this profile's value"]
+    ) == ["", "yes"]
     chosen, last, asr = ablation_figures.figure6(chain, rows).axes
     titles = [chart.get_title() for chart in (chosen, last, asr)]
-    assert "evaluation" in titles[0] and "that choose" in titles[1] and "ASR" in titles[2]
+    assert "evaluation" in titles[0] and "held-out" in titles[1] and "ASR" in titles[2]
+    assert asr.lines[-1].get_xydata()[-1].tolist() == [1, 5.86]  # the paper's
     values = list(table[table.metric == "ca"].sort_values("variant").value)
     assert chosen.lines[0].get_xydata().tolist() == [[0, values[0]], [0.5, values[1]]]
 
@@ -176,7 +179,9 @@ def test_table2_figure_has_a_panel_per_compared_weight(
 ) -> None:
     figure = ablation_figures.table2_figure(chain, table2_rows)
     assert isinstance(figure, matplotlib.figure.Figure) and len(figure.axes) == 1
-    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [3, 0]
+    line, never, own = figure.axes[0].lines
+    assert len(line.get_xdata()) == 3 and len(never.get_xdata()) == 0
+    assert own.get_label() == figures.OWN
 
 
 def test_a_mask_that_never_reached_the_floor_has_no_size(
@@ -187,9 +192,11 @@ def test_a_mask_that_never_reached_the_floor_has_no_size(
     rows.loc[missed, "value"] = full_mask(chain)
     rows.loc[(rows.metric == "mask_l1") & ~missed, "value"] = 100.0
     assert tables.frame_markdown(ablations.table2(chain, rows)).count("not reached") == 1
-    line, open_marker, legend = ablation_figures.table2_figure(chain, rows, "mask_l1").axes[0].lines
+    lines = ablation_figures.table2_figure(chain, rows, "mask_l1").axes[0].lines
+    line, open_marker, _, band = lines
     assert len(line.get_xdata()) == 2 and len(open_marker.get_xdata()) == 1
-    assert open_marker.get_fillstyle() == "none" and "not reached" in legend.get_label()
+    assert open_marker.get_fillstyle() == "none" and "not reached" in band.get_label()
+    assert open_marker.get_ydata()[0] > band.get_ydata()[0]  # parts of the chart's height
 
 
 def test_perturbation_shares_come_from_step_1(chain: Chain) -> None:

@@ -6,7 +6,7 @@ from conftest import QUICK
 
 from invertune import comparison, defenses, reports, steps, tables
 from invertune.chain import Chain, open_chain
-from invertune.figures import DEFENSE_COLORS
+from invertune.figures import DEFENSE_COLORS, rate_text
 from invertune.plan import invertune_passes
 from invertune.results import read_paper, to_frame
 from invertune.settings import load_settings
@@ -38,6 +38,11 @@ def test_table_1_has_a_line_per_task_metric_and_defense(chain: Chain, rows: pd.D
     pd.testing.assert_frame_equal(comparison.table1(chain, pd.concat([rows, elsewhere])), table)
     paper = read_paper()
     assert comparison.table1(chain, paper).shape == (24, 9)
+    shifted = rows.assign(seed="1", value=rows.value + 2)
+    several = comparison.table1(chain, pd.concat([rows, shifted]))
+    first = table.iloc[0, 3]
+    assert several.iloc[0, 4] == f"{first + 1:.2f} ({first:.2f}-{first + 2:.2f})"
+    assert (several.seeds == 2).all()
 
 
 def test_the_summary_names_what_each_defense_costs(chain: Chain, rows: pd.DataFrame) -> None:
@@ -70,7 +75,12 @@ def test_the_rate_table_shows_every_rate_and_what_was_not_run(chain: Chain) -> N
 
 def test_every_defense_rebounds_and_is_drawn(chain: Chain, rows: pd.DataFrame) -> None:
     assert list(comparison.rebound_table(chain, rows).defense) == ["FT", "PAR", "InverTune"]
-    assert len(comparison.table1_figure(chain, rows).axes) == 4  # heatmaps
+    heatmaps = comparison.table1_figure(chain, rows).axes
+    [ft, *_] = tables.select(rows, defense="ft", metric="asr", k="1", variant="").value
+    assert len(heatmaps) == 4 and heatmaps[0].texts[0].get_text() == rate_text(ft)
+    both = pd.concat([rows, rows.assign(seed="1", value=100.0)])
+    cell = comparison.table1_figure(chain, both).axes[0].texts[0].get_text()
+    assert cell == f"{rate_text((ft + 100) / 2)}\n{rate_text(ft)}-100"
     bars = comparison.rebound_figure(chain, rows).axes[0].patches
     assert len(bars) == 2 * 3 and {"ft", "par", "invertune"} <= set(DEFENSE_COLORS)
     before = defenses.defended(chain, "ft", "blended", 0)

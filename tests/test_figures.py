@@ -145,6 +145,7 @@ def test_only_zero_is_shown_as_zero(value, text):
 def test_gate_lines_stand_at_the_gate():
     asr, loss = figures.attack_gate(ASR, LOSS).axes
     assert asr.lines[-1].get_xdata()[0] == 80 and loss.lines[-1].get_xdata()[0] == 2
+    assert [text.get_text() for text in loss.texts] == ["<0.1", "2.0", "1.1"]
     assert DRAW["attack_gate"]().get_supxlabel() == "BadNet failed in seed 7"
 
 
@@ -175,10 +176,20 @@ def test_a_circle_marks_the_kept_step():
     assert legend.get_label() == "kept state"
 
 
-def test_amplify_shows_the_difference_eight_times():
-    clean = np.full((4, 4, 3), 0.5)
-    assert np.allclose(image_figures.amplify(clean + 0.05, clean), 0.9)
-    assert np.allclose(image_figures.amplify(clean + 0.4, clean), 1.0)
+def test_a_difference_is_shown_as_strong_as_it_can_without_saturating():
+    clean, change = np.full((2, 1, 3), 0.5), np.array([[[0.1]], [[-0.2]]])
+    shown, factor = image_figures.difference(clean + change, clean)
+    assert factor == pytest.approx(2.5)
+    assert np.allclose(shown, np.array([[[0.75]], [[0]]]))
+    assert np.allclose(image_figures.difference(clean, clean)[0], 0.5)
+
+
+def test_percent_axes_have_one_of_two_scales():
+    for lowest, bottom, title in ((89.0, 0, ""), (90.0, 90, "zoomed: 90 to 100 %")):
+        axes = figures.canvas(1, 1, 3, 2)[1][0, 0]
+        axes.plot([lowest, 100.0])
+        figures.zoom(axes)
+        assert axes.get_yticks()[0] == bottom and axes.get_title() == title
 
 
 @pytest.mark.parametrize(

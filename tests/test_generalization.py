@@ -63,7 +63,8 @@ def test_rows_of_a_case_belong_to_its_table_and_its_place(
     assert (table5["RN101 CA"] == NOT_SHIPPED).all() and table4["banana ASR"].between(0, 100).all()
     chosen = generalization.case_table(cases, chain)
     assert list(chosen["attack"] == NOT_SHIPPED) == [False, True]
-    assert list(generalization.layer_table(cases[0]).layer[-3:]) == ["threshold", "mean", "std"]
+    layers = generalization.layer_table(cases[0])
+    assert list(layers.attack) == ["BadCLIP"] and "layer4" in layers and layers.critical.all()
     figure = generalization.asr_figure(chain, rows)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["banana"]
     both = pd.concat([rows, to_frame(reports.undefended_rows(chain, "badclip", 0))])

@@ -9,6 +9,7 @@ import pytest
 
 from invertune import exhibits
 from invertune.chain import open_chain
+from invertune.reports import own_rows
 from invertune.results import ResultsError, read_paper, row, to_frame
 from invertune.settings import load_settings
 from invertune.tables import (
@@ -39,6 +40,13 @@ def frame(*changes: dict[str, object], **same: object) -> pd.DataFrame:
 def test_a_number_that_serves_two_items_counts_once():
     both = frame({"seed": 1}, {"seed": 2, "value": 80}, {"seed": 1, "paper_item": "figure5"})
     assert by_seed(both, "attack", metric="asr") == {"badnet": [87.73, 80]}
+
+
+def test_a_number_of_two_items_is_found_under_each(tmp_path):
+    chain = open_chain(load_settings("mini", {"seeds": [1]}), tmp_path)
+    own = own_rows(chain, frame({"paper_item": "figure5", "seed": 1}, {"seed": 1}))
+    for item in ("figure5", "table1"):
+        assert by_seed(own, "attack", paper_item=item) == {"badnet": [87.73]}
 
 
 def test_seed_summary():
