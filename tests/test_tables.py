@@ -9,8 +9,8 @@ import pytest
 
 from invertune import exhibits
 from invertune.chain import open_chain
-from invertune.reports import own_rows
 from invertune.results import ResultsError, read_paper, row, to_frame
+from invertune.rows import own_rows
 from invertune.settings import load_settings
 from invertune.tables import (
     by_seed,
