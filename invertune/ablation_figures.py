@@ -158,8 +158,10 @@ def updates_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     rows = results[results.variant.str.startswith("updates=")]
     for chart, (metric, title) in zip(axes[0], titles.items(), strict=True):
         for attack in dict(suspects(chain.settings, among=chain.settings.ablations.switch_attacks)):
-            own = ours(chain, rows, rows.variant.unique(), attack=attack, metric=metric)
-            means = own.groupby(own.variant.str.removeprefix("updates=").astype(int)).value.mean()
+            points = ours(chain, rows, rows.variant.unique(), attack=attack, metric=metric)
+            means = points.groupby(
+                points.variant.str.removeprefix("updates=").astype(int)
+            ).value.mean()
             chart.plot(means, **attack_look(attack))
         figures.mark_own(chart, chain.settings.inversion.steps)
         chart.set(xlabel="Updates", ylabel=title)

@@ -38,10 +38,10 @@ def swept(chain: Chain, attack: str, seed: int, weight: str) -> Artifact:
 
     A step of its own, not K inversions: in a batch a run differs from itself alone by rounding.
     """
-    suspect, own = steps.poisoned(chain, attack, seed), chain.settings
+    suspect, settings = steps.poisoned(chain, attack, seed), chain.settings
     target = steps.suspected_target(chain, attack, seed)
-    values = list(compared(own, "inversion", weight)[1:])
-    base = Run.of(target, own.inversion)
+    values = list(compared(settings, "inversion", weight)[1:])
+    base = Run.of(target, settings.inversion)
 
     def compute(_: Path) -> Made:
         runs = [replace(base, **{weight: value}) for value in values]
@@ -51,11 +51,11 @@ def swept(chain: Chain, attack: str, seed: int, weight: str) -> Artifact:
         return {"triggers": tensors}, {"runs": [steps.inversion_metrics(r) for r in found]}
 
     keyed = {
-        **own.inversion.model_dump(mode="json"),
+        **settings.inversion.model_dump(mode="json"),
         weight: values,
         "target": target,
-        "images": own.data.inversion_images,
-        "heldout": own.data.heldout_images,
+        "images": settings.data.inversion_images,
+        "heldout": settings.data.heldout_images,
     }
     return chain.run("sweep", keyed, [suspect.key], compute, seed, f"of {weight} on {attack}")
 
@@ -81,21 +81,21 @@ def inversions(
 @functools.lru_cache(maxsize=128)
 def second_round(chain: Chain, attack: str, seed: int) -> Artifact:
     """Steps 2 and 3 once more, on the model that step 3 left; metrics: step 3's, ``inversion``."""
-    purified, own = defended(chain, "invertune", attack, seed), chain.settings
+    purified, settings = defended(chain, "invertune", attack, seed), chain.settings
     target = steps.suspected_target(chain, attack, seed)
 
     def compute(_: Path) -> Made:
-        found = steps.invert(chain, purified, [Run.of(target, own.inversion)], seed)[0]
+        found = steps.invert(chain, purified, [Run.of(target, settings.inversion)], seed)[0]
         again = [triggers.mask_trigger(found.mask, found.pattern)]
         tensors, kept = steps.tune_model(chain, purified, again, target, seed)
         return tensors, {**kept, "inversion": steps.inversion_metrics(found)}
 
     keyed = {
-        "inversion": own.inversion.model_dump(mode="json"),
-        "tuning": own.tuning.model_dump(mode="json", exclude={"triggers"}),
+        "inversion": settings.inversion.model_dump(mode="json"),
+        "tuning": settings.tuning.model_dump(mode="json", exclude={"triggers"}),
         "target": target,
-        "pool": own.data.inversion_images,
-        "heldout": own.data.heldout_images,
+        "pool": settings.data.inversion_images,
+        "heldout": settings.data.heldout_images,
     }
     return chain.run("second_round", keyed, [purified.key], compute, seed, f"on {attack}")
 
@@ -120,14 +120,16 @@ def scored(
     """
 
     def compute(_: Path) -> Made:
-        own, head = pool(chain, "evaluation"), class_head(chain, model.clip)
-        clean = embed_images(model.clip, own.images)
-        ca = {str(k): metrics.clean_accuracy(clean, head, own.labels, k) for k in RECALL_KS}
+        evaluation, head = pool(chain, "evaluation"), class_head(chain, model.clip)
+        clean = embed_images(model.clip, evaluation.images)
+        ca = {str(k): metrics.clean_accuracy(clean, head, evaluation.labels, k) for k in RECALL_KS}
         asr, ssim = [], []
         for trigger in placed:
-            features, similar = _triggered(model, own.images, trigger)
+            features, similar = _triggered(model, evaluation.images, trigger)
             rates = {
-                str(k): metrics.attack_success_rate(features, head, own.labels, chain.target, k)
+                str(k): metrics.attack_success_rate(
+                    features, head, evaluation.labels, chain.target, k
+                )
                 for k in RECALL_KS
             }
             asr.append(rates)

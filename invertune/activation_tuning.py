@@ -156,10 +156,10 @@ def tuning_objective(
 
     def losses(clip: Clip, step: int) -> dict[str, Tensor]:
         rows = batch_indices(len(clean), settings.batch, seed, step)
-        features, own = tail_from(clip, first)(clean[rows])
+        features, clean_maps = tail_from(clip, first)(clean[rows])
         attacked = maps_from(clip, first, last)(triggered[rows])
         if settings.align_form == "ratio":
-            activation = align_ratio_loss(own, attacked, masks)
+            activation = align_ratio_loss(clean_maps, attacked, masks)
         else:
             drawn = {layer: map_[rows] for layer, map_ in original.items()}
             activation = activation_loss(drawn, attacked, masks, settings.reduction)

@@ -64,8 +64,8 @@ class Poisoned:
 
 def planted(attack: str, victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
     """A fixed trigger of ``TRIGGERS``, by poisoned fine-tuning."""
-    own, size = getattr(settings, attack), victim.clip.image_size
-    return poison(victim, TRIGGERS[attack](size, own, seed), own, seed, work)
+    section, size = getattr(settings, attack), victim.clip.image_size
+    return poison(victim, TRIGGERS[attack](size, section, seed), section, seed, work)
 
 
 def badclip(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
@@ -74,14 +74,14 @@ def badclip(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisone
     The patch is kept in ``work``: a killed fine-tuning goes on with the one it has learned. Raises
     ``TrainingError`` where that is of another size.
     """
-    own, path = settings.badclip, work / "patch.safetensors"
+    section, path = settings.badclip, work / "patch.safetensors"
     kept = distributed.from_first(path.exists())
-    pattern = _kept_patch(path, own) if kept else optimize_patch(victim, own, seed)
+    pattern = _kept_patch(path, section) if kept else optimize_patch(victim, section, seed)
     pattern = pattern.to(victim.clip.device)
-    trigger = triggers.patch_trigger(pattern, victim.clip.image_size, own.location)
+    trigger = triggers.patch_trigger(pattern, victim.clip.image_size, section.location)
     if not kept and distributed.first():
         write_atomic(path, save({"pattern": pattern.cpu()}))
-    return poison(victim, trigger, own, seed, work)
+    return poison(victim, trigger, section, seed, work)
 
 
 def _kept_patch(path: Path, settings: BadClip) -> Tensor:
@@ -140,20 +140,20 @@ def badencoder(victim: Victim, settings: Attacks, seed: int, work: Path) -> Pois
     references to the clean model's references, and of clean images to themselves. BatchNorm stays
     in eval mode with frozen affine parameters; the text tower is untouched.
     """
-    own = settings.badencoder
-    trigger = triggers.white_patch_trigger(victim.clip.image_size, own.patch_px)
+    section = settings.badencoder
+    trigger = triggers.white_patch_trigger(victim.clip.image_size, section.patch_px)
     clip = clone(victim.clip)
     visual = clip.net.visual.eval()
     for module in visual.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.requires_grad_(False)
     shadow = victim.pairs.images
-    references = to_pixels(victim.target_images[: own.reference_images], clip.device)
+    references = to_pixels(victim.target_images[: section.reference_images], clip.device)
     with torch.no_grad():
         clean_references = image_features(victim.clip, references)
 
     def batch_at(step: int) -> Batch:
-        rows = distributed.share(batch_indices(len(shadow), own.batch, seed, step))
+        rows = distributed.share(batch_indices(len(shadow), section.batch, seed, step))
         return (shadow[rows],)
 
     batches = Prefetcher(batch_at, clip.device)
@@ -169,13 +169,13 @@ def badencoder(victim: Victim, settings: Attacks, seed: int, work: Path) -> Pois
         augmented = image_features(clip, augment(references, seed, step))
         reference = -(augmented * clean_references).sum(1).mean()
         utility = -(image_features(clip, images) * clean).sum(1).mean()
-        loss = attack + own.reference_weight * reference + own.utility_weight * utility
+        loss = attack + section.reference_weight * reference + section.utility_weight * utility
         return {"loss": loss, "attack": attack, "reference": reference, "utility": utility}
 
     log = fit(
         visual,
         loss_at,
-        _recipe(own),
+        _recipe(section),
         label="BadEncoder",
         checkpoint=work / "badencoder.safetensors",
     )

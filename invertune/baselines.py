@@ -63,23 +63,23 @@ class Defended:
     images_seen: int
 
 
-def schedule(own: BaselineTraining, lr: float, pairs: int, legacy: bool) -> Recipe:
+def schedule(section: BaselineTraining, lr: float, pairs: int, legacy: bool) -> Recipe:
     """Warm-up to ``lr``, then a cosine that ends at 0; PAR has its own warm-up and Adam betas.
 
     With ``legacy``, CleanCLIP's released schedule: epochs are counted from 1, so it runs one epoch
     late. The warm-up is skipped, and in the last epoch the rate goes up again.
     """
-    if isinstance(own, Par):
+    if isinstance(section, Par):
         return Recipe(
-            own.steps,
+            section.steps,
             lr,
-            own.warmup_steps,
-            own.weight_decay,
+            section.warmup_steps,
+            section.weight_decay,
             betas=(0.9, 0.98),  # PAR's code
-            start_ratio=own.start_lr_ratio,
+            start_ratio=section.start_lr_ratio,
         )
-    offset = min(pairs // own.batch, own.steps) if legacy else 0
-    return Recipe(own.steps, lr, own.warmup_steps, own.weight_decay, offset=offset)
+    offset = min(pairs // section.batch, section.steps) if legacy else 0
+    return Recipe(section.steps, lr, section.warmup_steps, section.weight_decay, offset=offset)
 
 
 def ft(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Method:
@@ -90,14 +90,14 @@ def ft(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int
 def cleanclip(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Method:
     """FT plus in-modal self-supervision on augmented images and captions (Bansal et al. 2023)."""
     clip.net.train()
-    own = settings.cleanclip
-    tokens = _both_tokens(clip, pairs.captions, settings.synonyms, own, seed)
+    section = settings.cleanclip
+    tokens = _both_tokens(clip, pairs.captions, settings.synonyms, section, seed)
 
     def batch_at(rows: Tensor, step: int) -> Batch:
         return _two_views(pairs, tokens, rows, seed, step)
 
     def terms(views: Tensor, words: Tensor) -> Terms:
-        return _cleanclip_terms(clip, views, words, own)[0]
+        return _cleanclip_terms(clip, views, words, section)[0]
 
     return batch_at, terms
 
@@ -110,26 +110,28 @@ def cleanerclip(
     Images whose caption has nothing to replace take no part in the third term.
     """
     clip.net.train()
-    own = settings.cleanerclip
-    tokens = _both_tokens(clip, pairs.captions, settings.synonyms, own, seed)
+    section = settings.cleanerclip
+    tokens = _both_tokens(clip, pairs.captions, settings.synonyms, section, seed)
     known = lexicon(pairs.captions, known_words(settings.synonyms).nouns)
 
     def batch_at(rows: Tensor, step: int) -> Batch:
         captions = [pairs.captions[row] for row in rows.tolist()]
-        share, count = own.sub_caption_share, own.counterfactuals
+        share, count = section.sub_caption_share, section.counterfactuals
         groups = sub_captions(captions, known, share, count, seed, step)
         drawn = torch.tensor(list(groups), dtype=torch.long)
         texts = clip.tokenizer([text for group in groups.values() for text in group])
         return *_two_views(pairs, tokens, rows, seed, step), drawn, texts
 
     def terms(views: Tensor, words: Tensor, drawn: Tensor, sub_words: Tensor) -> Terms:
-        base, image = _cleanclip_terms(clip, views, words, own)
+        base, image = _cleanclip_terms(clip, views, words, section)
         image = image[drawn]
         texts = image[:, None]
         if len(drawn):
-            texts = token_features(clip, sub_words).view(len(drawn), 1 + own.counterfactuals, -1)
+            texts = token_features(clip, sub_words).view(
+                len(drawn), 1 + section.counterfactuals, -1
+            )
         sub = sub_caption_loss(image, texts, clip.net.logit_scale)
-        loss = base["loss"] + own.sub_caption_weight * sub
+        loss = base["loss"] + section.sub_caption_weight * sub
         return {**base, "loss": loss, "sub_caption": sub}
 
     return batch_at, terms
@@ -143,12 +145,12 @@ def par(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: in
     are those before the cut-off: unless they approach 2, nothing was perturbed.
     """
     clip.net.eval().logit_scale.requires_grad_(False)
-    frozen, own = frozen_copy(suspected), settings.par
+    frozen, section = frozen_copy(suspected), settings.par
     tokens = clip.tokenizer(list(pairs.captions))
 
     def batch_at(rows: Tensor, step: int) -> Batch:
         pixels = to_pixels(pairs.images[rows], clip.device)
-        return noise_and_erase(pixels, clip.mean, own, seed, step), tokens[rows]
+        return noise_and_erase(pixels, clip.mean, section, seed, step), tokens[rows]
 
     def terms(pixels: Tensor, words: Tensor) -> Terms:
         image, text = pair_features(clip, pixels, words)
@@ -156,7 +158,7 @@ def par(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: in
             original_image, original_text = pair_features(frozen, pixels, words)
         image_distance = feature_distance(image, original_image)
         text_distance = feature_distance(text, original_text)
-        perturbed = cut_off(image_distance, own.cutoff) + cut_off(text_distance, own.cutoff)
+        perturbed = cut_off(image_distance, section.cutoff) + cut_off(text_distance, section.cutoff)
         contrastive = contrastive_loss(image, text, clip.net.logit_scale)
         return {
             "loss": contrastive - perturbed / 2,
@@ -169,11 +171,11 @@ def par(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: in
 
 
 def _both_tokens(
-    clip: Clip, captions: Sequence[str], synonyms: str, own: CleanClip, seed: int
+    clip: Clip, captions: Sequence[str], synonyms: str, section: CleanClip, seed: int
 ) -> Tensor:
     """Token ids [2, N, context] of the captions and of their augmented versions, drawn once."""
     known = known_words(synonyms).synonyms
-    augmented = augment_captions(captions, known, own.text_change_rate, seed)
+    augmented = augment_captions(captions, known, section.text_change_rate, seed)
     return torch.stack([clip.tokenizer(list(texts)) for texts in (captions, augmented)])
 
 
@@ -182,14 +184,14 @@ def _two_views(pairs: Pairs, tokens: Tensor, rows: Tensor, seed: int, step: int)
 
     Returns uint8 [2 n, 3, H, W] and token ids [2 n, context] from those of ``_both_tokens``.
     """
-    own = rows[places := distributed.share(torch.arange(len(rows)))]
-    images = pairs.images[own]
+    mine = rows[places := distributed.share(torch.arange(len(rows)))]
+    images = pairs.images[mine]
     augmented = auto_augment(images, seed, step, int(places[0]))
-    return torch.cat([images, augmented]), tokens[:, own].flatten(0, 1)
+    return torch.cat([images, augmented]), tokens[:, mine].flatten(0, 1)
 
 
 def _cleanclip_terms(
-    clip: Clip, views: Tensor, tokens: Tensor, own: CleanClip
+    clip: Clip, views: Tensor, tokens: Tensor, section: CleanClip
 ) -> tuple[Terms, Tensor]:
     """CleanCLIP's loss on what ``_two_views`` gives; image features [N, D] of the whole batch."""
     features = pair_features(clip, views, tokens, shared=True)
@@ -198,7 +200,7 @@ def _cleanclip_terms(
     (image, other_image), (text, other_text) = both
     contrastive = contrastive_loss(image, text, clip.net.logit_scale)
     in_modal = in_modal_loss(image, other_image, text, other_text, clip.net.logit_scale)
-    loss = contrastive + own.in_modal_weight * in_modal
+    loss = contrastive + section.in_modal_weight * in_modal
     return {"loss": loss, "contrastive": contrastive, "in_modal": in_modal}, image
 
 
@@ -223,25 +225,25 @@ def trained(
 
     On a GPU a thread augments the next batch meanwhile.
     """
-    own: BaselineTraining = getattr(settings, name)
+    section: BaselineTraining = getattr(settings, name)
     count = len(pairs.images)
-    if count < own.batch:
-        raise BatchError(f"baselines.{name}.batch = {own.batch}, but there are {count} pairs")
+    if count < section.batch:
+        raise BatchError(f"baselines.{name}.batch = {section.batch}, but there are {count} pairs")
     clip = clone(suspected)
     batch_at, terms = BASELINES[name](clip, suspected, pairs, settings, seed)
 
     def batch(step: int) -> Batch:
-        return batch_at(pair_indices(count, own.batch, seed, step, pairs.cycled), step)
+        return batch_at(pair_indices(count, section.batch, seed, step, pairs.cycled), step)
 
     batches = Prefetcher(batch, clip.device)
     try:
         log = fit(
             clip.net,
             lambda step: terms(*batches(step)),
-            schedule(own, lr, count, settings.legacy_schedule),
+            schedule(section, lr, count, settings.legacy_schedule),
             label=f"{name} at lr {lr:g}",
             checkpoint=checkpoint,
-            save_every=max(1, own.steps // 10),
+            save_every=max(1, section.steps // 10),
         )
     except TrainingError as error:
         kept = checkpoint is not None and checkpoint.exists()
@@ -269,7 +271,7 @@ def defend(
     it is. Raises ``BatchError`` for fewer pairs than a batch, and ``TrainingError`` for a loss that
     is not finite.
     """
-    own: BaselineTraining = getattr(settings, name)
+    section: BaselineTraining = getattr(settings, name)
     runs: dict[float, Trained] = {}
 
     def accuracy(clip: Clip) -> float:
@@ -283,7 +285,7 @@ def defend(
 
     before = accuracy(suspected)
     lowest = before - settings.allowed_ca_drop_points
-    lr, qualified, tried = choose_lr(own.lrs, accuracy_at, lowest)
+    lr, qualified, tried = choose_lr(section.lrs, accuracy_at, lowest)
     log = [{"lr": rate, **row} for rate, run in runs.items() for row in run.log]
-    seen = own.steps * own.batch * len(runs)
+    seen = section.steps * section.batch * len(runs)
     return Defended(runs[lr].clip, lr, qualified, tried, before, log, seen)

@@ -164,8 +164,8 @@ class Chain:
 
         A defender adds nothing to what comes before the defense, so that it is shared.
         """
-        own = self.settings.precision
-        given = {} if own == "float32" else {"precision": own}
+        precision = self.settings.precision
+        given = {} if precision == "float32" else {"precision": precision}
         defender = {} if step in ("pretraining", "attack") else asdict(self.defender)
         return given | {k: v for k, v in defender.items() if v}
 
@@ -196,23 +196,25 @@ def pretrained(chain: Chain) -> Model:
 
     Data that is missing is an error before weights are downloaded.
     """
-    own = chain.settings
-    datasets.manifest(own.data)
-    if own.weights == PRETRAINED:
+    settings = chain.settings
+    datasets.manifest(settings.data)
+    if settings.weights == PRETRAINED:
         return _trained_here(chain)
 
     def load() -> Clip:
-        return _at_precision(chain, load_clip(own.backbone, own.weights, chain.device)[0])
+        return _at_precision(chain, load_clip(settings.backbone, settings.weights, chain.device)[0])
 
-    size = own.data.image_size_px
-    return Model(load, _checked_weights(own.backbone, own.weights, chain.device, size), None)
+    size = settings.data.image_size_px
+    return Model(
+        load, _checked_weights(settings.backbone, settings.weights, chain.device, size), None
+    )
 
 
 def _trained_here(chain: Chain) -> Model:
-    own, data = chain.settings, chain.settings.data
+    settings, data = chain.settings, chain.settings.data
 
     def untrained() -> Clip:
-        clip = untrained_clip(own.backbone, data.image_size_px, chain.device)
+        clip = untrained_clip(settings.backbone, data.image_size_px, chain.device)
         return _at_precision(chain, clip)
 
     def compute(work: Path) -> Made:
@@ -220,7 +222,7 @@ def _trained_here(chain: Chain) -> Model:
         return {"weights": clip.net.state_dict()}, {"log": log}
 
     artifact = chain.run(
-        "pretraining", pretraining_recipe(own), [], compute, data.seed, own.backbone
+        "pretraining", pretraining_recipe(settings), [], compute, data.seed, settings.backbone
     )
     return Model(untrained, artifact.key, None).after(artifact, "the clean model")
 
@@ -236,11 +238,11 @@ def train_clean(chain: Chain, build: Callable[[], Clip], work: Path) -> tuple[Cl
 
     Checkpoints lie in ``work``: a killed training goes on from them.
     """
-    own, data = chain.settings, chain.settings.data
+    settings, data = chain.settings, chain.settings.data
     pairs = datasets.caption_pairs(data, "pretraining", data.pretraining_pairs, chain.store)
     torch.manual_seed(data.seed)
     clip, classes = _at_precision(chain, build()), len(datasets.class_names(data))
-    return clip, pretrain(clip, pairs, classes, own.pretraining, data.seed, work)
+    return clip, pretrain(clip, pairs, classes, settings.pretraining, data.seed, work)
 
 
 def _at_precision(chain: Chain, clip: Clip) -> Clip:
@@ -261,12 +263,12 @@ def _checked_weights(backbone: str, weights: str, device: torch.device, size_px:
 
 def pool(chain: Chain, part: str) -> datasets.Labeled:
     """The labeled images of one part: inversion, heldout or evaluation."""
-    own = chain.settings.data
-    count = getattr(own, f"{part}_images")
-    found = datasets.labeled_images(own, part, count, chain.store, chain.defender.style)
+    data = chain.settings.data
+    count = getattr(data, f"{part}_images")
+    found = datasets.labeled_images(data, part, count, chain.store, chain.defender.style)
     if not chain.defender.lacks:
         return found
-    lacking = datasets.class_index(own, chain.defender.lacks)
+    lacking = datasets.class_index(data, chain.defender.lacks)
     known = found.labels != lacking
     labels = found.labels - (found.labels > lacking).long()
     return datasets.Labeled(found.images[known], labels[known])

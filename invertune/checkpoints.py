@@ -157,10 +157,10 @@ def _check_activation(clip: Clip, config: Path) -> None:
         wanted = bool(read_config(config)["model_cfg"].get("quick_gelu", False))
     except (LookupError, TypeError, AttributeError):
         raise ModelError(f"{config} is not a configuration of open_clip") from None
-    own = any(isinstance(module, QuickGELU) for module in clip.net.modules())
-    if wanted != own:
+    quick = any(isinstance(module, QuickGELU) for module in clip.net.modules())
+    if wanted != quick:
         names = {True: "QuickGELU", False: "GELU"}
         raise ModelError(
             f"{config} says {names[wanted]}, but this {clip.backbone} has "
-            f"{names[own]}: build the model with that activation"
+            f"{names[quick]}: build the model with that activation"
         )

@@ -49,10 +49,10 @@ def data_use(chain: Chain, defense: str, attack: str, seed: int) -> tuple[int, i
     as often as it was shown, over all rates tried; a second view of an image is not counted again.
     """
     if defense == "invertune":
-        own, passes = chain.settings, invertune_passes(chain.settings)
+        settings, passes = chain.settings, invertune_passes(chain.settings)
         tried = {row["lr"] for row in steps.tuned(chain, attack, seed).metrics["log"]}
-        passes["tuning"] = len(tried) * own.tuning.steps * own.tuning.batch
-        return own.data.inversion_images, sum(passes.values())
+        passes["tuning"] = len(tried) * settings.tuning.steps * settings.tuning.batch
+        return settings.data.inversion_images, sum(passes.values())
     seen = defenses.baseline(chain, defense, attack, seed).metrics["images_seen"]
     return chain.settings.baselines.pairs, seen
 
@@ -87,9 +87,9 @@ def table1(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     return table.rename(columns=names)
 
 
-def starred(chain: Chain, own: pd.DataFrame) -> dict[str, str]:
+def starred(chain: Chain, rows: pd.DataFrame) -> dict[str, str]:
     """The labels of the attacks that missed their gate in a seed, each with a star."""
-    missed = tables.gate_missed(own, chain.settings.attacks)
+    missed = tables.gate_missed(rows, chain.settings.attacks)
     return {name: f"{name}*" for name in (tables.label("attack", attack) for attack in missed)}
 
 
@@ -161,14 +161,14 @@ def table1_figure(chain: Chain, results: pd.DataFrame) -> Figure:
         ("asr", "ASR (%), light 0 to dark 100", 100),
         ("ca_loss", "CA loss (points), light 0 to dark 12 or more", 12),
     )
-    own, names = own_rows(chain, results), compared(chain)
+    rows, names = own_rows(chain, results), compared(chain)
     attacks = {name: tables.label("attack", name) for name in chain.settings.attacks.names}
-    stars = starred(chain, own)
+    stars = starred(chain, rows)
     figure, axes = canvas(4, 1, COLUMN_IN, 1.3 + 0.96 * len(names), sharex=True)
     for line, (task, k) in zip(axes[:, 0].reshape(2, 2), TASKS, strict=True):
         for chart, (metric, title, top) in zip(line, looks, strict=True):
             where = {"task": task, "k": k, "variant": "", "metric": metric}
-            found = {d: tables.by_seed(own, "attack", defense=d, **where) for d in names}
+            found = {d: tables.by_seed(rows, "attack", defense=d, **where) for d in names}
             cells = pd.DataFrame(found).T.reindex(columns=list(attacks))
             cells.index = pd.Index([tables.label("defense", name) for name in names])
             cells = cells.rename(columns=attacks).rename(columns=stars)
@@ -187,7 +187,7 @@ def table1_figure(chain: Chain, results: pd.DataFrame) -> Figure:
             chart.tick_params(length=0)
             chart.tick_params("x", rotation=20)
             chart.tick_params("y", rotation=0)
-    notes = ["below a mean: lowest to highest seed"] if own.seed.nunique() > 1 else []
+    notes = ["below a mean: lowest to highest seed"] if rows.seed.nunique() > 1 else []
     notes += ["*: missed the attack's gate in a seed"] if stars else []
     figure.supxlabel("\n".join(notes), fontsize=STYLE["axes.labelsize"])
     return figure

@@ -99,14 +99,14 @@ def class_index(data: Data, name: str) -> int:
 
 def describe(settings: Settings) -> str:
     """What the profile's data are: classes, parts with their counts, manifest."""
-    own, names = settings.data, class_names(settings.data)
-    counts = own.model_dump(exclude={"source", "image_size_px", "seed"})
+    data, names = settings.data, class_names(settings.data)
+    counts = data.model_dump(exclude={"source", "image_size_px", "seed"})
     parts = [f"  {name.replace('_', ' '):20} {count:>9,}" for name, count in counts.items()]
     head = [
-        f"{own.source}: {len(names)} classes, {len(templates(own))} templates, "
-        f"{own.image_size_px} px, seed {own.seed}, manifest {manifest(own)[:12]}"
+        f"{data.source}: {len(names)} classes, {len(templates(data))} templates, "
+        f"{data.image_size_px} px, seed {data.seed}, manifest {manifest(data)[:12]}"
     ]
-    if _real(own):
+    if _real(data):
         parts.append(
             f"  decoded once into the store: {real_data.decoded_bytes(settings) / 1e9:.0f} GB"
         )
@@ -134,7 +134,7 @@ def caption_pairs(data: Data, part: str, count: int, store: Path) -> Pairs:
     if _real(data):
         found = real_data.pairs(data, part, count, store)
         unknown = torch.full((len(found.images), 2), -1)
-        texts = tuple(own[0] for own in found.captions)
+        texts = tuple(several[0] for several in found.captions)
         return Pairs(found.images, texts, unknown, cycled=False, file=found.file)
     sprites = load_sprites()
     images, captions, objects = _scenes(
@@ -144,7 +144,7 @@ def caption_pairs(data: Data, part: str, count: int, store: Path) -> Pairs:
         store,
         lambda i: pictograms.caption_scene(part, i, data.image_size_px, data.seed, sprites),
     )
-    return Pairs(images, tuple(own[0] for own in captions), objects)
+    return Pairs(images, tuple(several[0] for several in captions), objects)
 
 
 def labeled_images(data: Data, part: str, count: int, store: Path, style: str = "") -> Labeled:
@@ -193,8 +193,8 @@ def retrieval_scenes(data: Data, store: Path) -> Retrieval:
 
 
 def _retrieval(images: Tensor, captions: list[list[str]]) -> Retrieval:
-    owner = torch.tensor([i for i, own in enumerate(captions) for _ in own])
-    return Retrieval(images, tuple(text for own in captions for text in own), owner)
+    owner = torch.tensor([i for i, several in enumerate(captions) for _ in several])
+    return Retrieval(images, tuple(text for several in captions for text in several), owner)
 
 
 def target_images(data: Data, pairs: Pairs, target: int, store: Path) -> Tensor:

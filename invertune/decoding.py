@@ -111,9 +111,9 @@ def _decode_chunk(samples: Sequence[Sample], size_px: int, target: Path, positio
     """Writes the samples' pixels at byte ``position``; "1" for each that was readable, else "0"."""
     pixels = np.zeros((len(samples), 3, size_px, size_px), np.uint8)
     flags = ""
-    for own, sample in zip(pixels, samples, strict=True):
+    for place, sample in zip(pixels, samples, strict=True):
         try:
-            own[:] = decode_image(_content(sample), size_px)
+            place[:] = decode_image(_content(sample), size_px)
             flags += "1"
         except UNREADABLE:
             flags += "0"

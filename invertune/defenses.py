@@ -20,10 +20,10 @@ from invertune.training import Recipe, finetune
 @functools.lru_cache(maxsize=128)
 def baseline(chain: Chain, defense: str, attack: str, seed: int) -> Artifact:
     """One baseline on one suspected model; metrics: the chosen rate, the grid, its log."""
-    suspect, own = poisoned(chain, attack, seed), chain.settings.baselines
+    suspect, settings = poisoned(chain, attack, seed), chain.settings.baselines
 
     def compute(work: Path) -> Made:
-        pairs = datasets.caption_pairs(chain.settings.data, "defense", own.pairs, chain.store)
+        pairs = datasets.caption_pairs(chain.settings.data, "defense", settings.pairs, chain.store)
         heldout = pool(chain, "heldout")
         result = defend(
             defense,
@@ -32,7 +32,7 @@ def baseline(chain: Chain, defense: str, attack: str, seed: int) -> Artifact:
             heldout.images,
             heldout.labels,
             lambda clip: class_head(chain, clip),
-            own,
+            settings,
             seed,
             work,
         )
@@ -40,7 +40,7 @@ def baseline(chain: Chain, defense: str, attack: str, seed: int) -> Artifact:
         return {"weights": result.clip.net.state_dict()}, metrics
 
     others = {"names", *BASELINES} - {defense}
-    shared = own.model_dump(mode="json", exclude=others)
+    shared = settings.model_dump(mode="json", exclude=others)
     keyed = {
         "defense": defense,
         **shared.pop(defense),
@@ -68,18 +68,18 @@ def rebounded(chain: Chain, defense: str, attack: str, seed: int) -> Artifact:
 
     Contrastive, at the attack's own peak rate, constant, on pairs that nothing else has seen.
     """
-    model, own = defended(chain, defense, attack, seed), chain.settings.rebound
+    model, rebound = defended(chain, defense, attack, seed), chain.settings.rebound
     lr = getattr(chain.settings.attacks, attack).lr
 
     def compute(work: Path) -> Made:
-        pairs = datasets.caption_pairs(chain.settings.data, "rebound", own.pairs, chain.store)
-        recipe = Recipe(own.steps, lr, weight_decay=own.weight_decay, schedule="constant")
+        pairs = datasets.caption_pairs(chain.settings.data, "rebound", rebound.pairs, chain.store)
+        recipe = Recipe(rebound.steps, lr, weight_decay=rebound.weight_decay, schedule="constant")
         log = finetune(
             model.clip,
             pairs.images,
             pairs.captions,
             recipe,
-            own.batch,
+            rebound.batch,
             seed,
             work,
             "rebound",
@@ -87,7 +87,7 @@ def rebounded(chain: Chain, defense: str, attack: str, seed: int) -> Artifact:
         )
         return {"weights": model.clip.net.state_dict()}, {"lr": lr, "log": log}
 
-    keyed = {**own.model_dump(mode="json", exclude={"attacks"}), "lr": lr}
+    keyed = {**rebound.model_dump(mode="json", exclude={"attacks"}), "lr": lr}
     label = f"{defense} on {attack}"
     return chain.run("rebound", keyed, [model.key], compute, seed, label)
 

@@ -69,7 +69,7 @@ def publish_weights(chain: Chain, clip: Clip, folder: Path, hours: str, command:
         f"| {name} | {full[name].value:.2f} | {half[name].value:.2f} | {half[name].n} |"
         for name in full
     ]
-    own = ", ".join(f"{k}: {v}" for k, v in chain.settings.pretraining)
+    recipe = ", ".join(f"{k}: {v}" for k, v in chain.settings.pretraining)
     (folder / "README.md").write_text(
         CARD.format(
             backbone=clip.backbone,
@@ -77,7 +77,7 @@ def publish_weights(chain: Chain, clip: Clip, folder: Path, hours: str, command:
             scores="\n".join(lines),
             hours=hours,
             command=command,
-            recipe=own,
+            recipe=recipe,
             seed=chain.settings.data.seed,
             pairs=chain.settings.data.pretraining_pairs,
             manifest=datasets.manifest(chain.settings.data),

@@ -72,9 +72,9 @@ def encoder_views(chain: Chain, attack: str, seed: int) -> dict[str, View]:
     """Both encoders' views of evaluation images; ``ValueError`` for a null: it has no trigger."""
     poisoned = steps.poisoned(chain, attack, seed)
     trigger = triggers.required(poisoned.trigger, attack)
-    own = chain.settings.data
-    names = datasets.class_names(own)
-    drawn = np.random.default_rng(own.seed).permutation(len(names)).tolist()
+    data = chain.settings.data
+    names = datasets.class_names(data)
+    drawn = np.random.default_rng(data.seed).permutation(len(names)).tolist()
     chosen = [chain.target, *[i for i in drawn if i != chain.target][: CLASSES - 1]]
     shown = pool(chain, "evaluation")
     parts = [to_pixels(shown.images[shown.labels == i], chain.device) for i in chosen]
@@ -109,9 +109,9 @@ def silhouettes(view: View) -> dict[str, float]:
     found = {}
     for name, kinds in {**{k: [k] for k in ATTACKED}, "together": ATTACKED}.items():
         features = torch.cat([view.images[kind] for kind in (*kinds, "clean", "target")])
-        own, target = len(kinds) * len(view.labels), len(view.images["target"])
-        marks = np.concatenate([np.full(own, -1), view.labels, np.zeros(target)])
-        found[name] = float(silhouette_samples(features, marks, metric="cosine")[:own].mean())
+        labeled, target = len(kinds) * len(view.labels), len(view.images["target"])
+        marks = np.concatenate([np.full(labeled, -1), view.labels, np.zeros(target)])
+        found[name] = float(silhouette_samples(features, marks, metric="cosine")[:labeled].mean())
     return found
 
 

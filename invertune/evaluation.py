@@ -30,17 +30,17 @@ def evaluated(
     ``trigger_key`` names where the trigger comes from; without a trigger the model's floor is
     measured: how often clean images already count as attacked.
     """
-    own = chain.settings
+    settings = chain.settings
 
     def compute(_: Path) -> Made:
         zero_shot = _zero_shot(chain, model.clip, trigger)
         return {}, {**zero_shot, **_retrieval(chain, model.clip, trigger)}
 
     keyed = {
-        "target": own.target,
+        "target": settings.target,
         "trigger": trigger_key,
-        "images": own.data.evaluation_images,
-        "retrieval": own.data.retrieval_images,
+        "images": settings.data.evaluation_images,
+        "retrieval": settings.data.retrieval_images,
     }
     return chain.run("evaluation", keyed, [model.key], compute, seed, f"of {model.name}")
 

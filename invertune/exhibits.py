@@ -41,27 +41,27 @@ def _by_attack(
 
 def gate_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """Per attack: CA, ASR with its floors, and in which seeds the gate was missed."""
-    own, gate = own_rows(chain, results), chain.settings.attacks
+    rows, gate = own_rows(chain, results), chain.settings.attacks
     where = {"defense": "none", "task": "zeroshot", "k": "1"}
-    failed = _failed(own, gate)
+    failed = _failed(rows, gate)
     frame = _by_attack(
         chain,
         {
-            "CA": _column(own, metric="ca", **where),
-            "CA loss": _column(own, metric="ca_loss", **where),
-            "ASR": _column(own, metric="asr", variant="", **where),
-            "ASR, clean model": _column(own, metric="asr", variant="floor=clean_model", **where),
-            "ASR, no trigger": _column(own, metric="asr", variant="floor=untriggered", **where),
+            "CA": _column(rows, metric="ca", **where),
+            "CA loss": _column(rows, metric="ca_loss", **where),
+            "ASR": _column(rows, metric="asr", variant="", **where),
+            "ASR, clean model": _column(rows, metric="asr", variant="floor=clean_model", **where),
+            "ASR, no trigger": _column(rows, metric="asr", variant="floor=untriggered", **where),
         },
     )
     frame["gate"] = [failed.get(name, "passed") for name in gate.names]
     return frame
 
 
-def _failed(own: pd.DataFrame, gate: Attacks) -> dict[str, str]:
+def _failed(rows: pd.DataFrame, gate: Attacks) -> dict[str, str]:
     """What each attack missed, e.g. "failed in seed 7 (CA loss 2.38)"."""
     texts: dict[str, list[str]] = {}
-    for row in tables.gate_failures(own, gate).itertuples():
+    for row in tables.gate_failures(rows, gate).itertuples():
         number = f"{tables.label('metric', str(row.metric))} {row.value:.2f}"
         texts.setdefault(str(row.attack), []).append(f"seed {row.seed} ({number})")
     return {attack: f"failed in {', '.join(parts)}" for attack, parts in texts.items()}
@@ -69,12 +69,12 @@ def _failed(own: pd.DataFrame, gate: Attacks) -> dict[str, str]:
 
 def gate_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """ASR and CA loss of the poisoned models with the gate's lines."""
-    own, gate = own_rows(chain, results), chain.settings.attacks
-    own = own[own.attack.isin(gate.names)]
+    rows, gate = own_rows(chain, results), chain.settings.attacks
+    rows = rows[rows.attack.isin(gate.names)]
     where = {"defense": "none", "task": "zeroshot", "k": "1", "variant": ""}
-    asr, ca_loss = (tables.by_seed(own, "attack", metric=m, **where) for m in ("asr", "ca_loss"))
+    asr, ca_loss = (tables.by_seed(rows, "attack", metric=m, **where) for m in ("asr", "ca_loss"))
     return figures.attack_gate(
-        asr, ca_loss, gate.gate_asr_percent, gate.gate_ca_drop_points, _failed(own, gate)
+        asr, ca_loss, gate.gate_asr_percent, gate.gate_ca_drop_points, _failed(rows, gate)
     )
 
 
@@ -134,18 +134,18 @@ def increase_table(chain: Chain, attack: str, count: int = 20) -> pd.DataFrame:
 
 def inversion_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """Per model: ASR of the true and of the inverted trigger, mask size, and its null ratio."""
-    own = own_rows(chain, results)
+    rows = own_rows(chain, results)
     where = {"defense": "none", "task": "zeroshot"}
     return _by_attack(
         chain,
         {
-            "ASR": _column(own, metric="asr", paper_item="figure5", **where),
-            "inverted ASR": _column(own, metric="inverted_asr", variant="", **where),
-            "mask L1 at equal ASR": _column(own, metric="mask_l1", variant="", **where),
-            "of the clean model's": _column(own, metric="mask_l1_ratio", **where),
-            "mask energy at the trigger": _column(own, metric="mask_energy", variant="", **where),
+            "ASR": _column(rows, metric="asr", paper_item="figure5", **where),
+            "inverted ASR": _column(rows, metric="inverted_asr", variant="", **where),
+            "mask L1 at equal ASR": _column(rows, metric="mask_l1", variant="", **where),
+            "of the clean model's": _column(rows, metric="mask_l1_ratio", **where),
+            "mask energy at the trigger": _column(rows, metric="mask_energy", variant="", **where),
             "clean model's there": _column(
-                own, metric="mask_energy", variant="floor=clean_model", **where
+                rows, metric="mask_energy", variant="floor=clean_model", **where
             ),
         },
         NULLS,
@@ -154,9 +154,9 @@ def inversion_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
 
 def figure5b(chain: Chain, results: pd.DataFrame) -> Figure:
     """Figure 5(b): ASR of original and inverted triggers, with the clean model's null."""
-    own = own_rows(chain, results)
-    inverted = tables.by_seed(own, "attack", metric="inverted_asr", variant="")
-    original = tables.by_seed(own, "attack", metric="asr", paper_item="figure5")
+    rows = own_rows(chain, results)
+    inverted = tables.by_seed(rows, "attack", metric="inverted_asr", variant="")
+    original = tables.by_seed(rows, "attack", metric="asr", paper_item="figure5")
     return figures.figure5b(original, inverted)
 
 
@@ -196,8 +196,8 @@ def trigger_example(
 
 def example_images(chain: Chain, part: str = "evaluation") -> Tensor:
     """Labeled images of ``part`` that are not of the target class, uint8 [N, 3, H, W]."""
-    own = chain.settings.data
-    pool = datasets.labeled_images(own, part, getattr(own, f"{part}_images"), chain.store)
+    data = chain.settings.data
+    pool = datasets.labeled_images(data, part, getattr(data, f"{part}_images"), chain.store)
     return pool.images[pool.labels != chain.target]
 
 
@@ -243,16 +243,16 @@ def layer_figure(chain: Chain) -> Figure:
 
 def tuning_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """Per attack: CA and ASR of both tasks before and after, the paper's numbers beside them."""
-    own, columns = own_rows(chain, results), {}
+    rows, columns = own_rows(chain, results), {}
     for task, k in TASKS:
         for metric in ("ca", "asr"):
             where = {"task": task, "k": k, "metric": metric, "variant": "", "paper_item": "table1"}
             for defense, title in (("none", "before"), ("invertune", "after")):
                 name = f"{task} {metric.upper()} {title}"
-                columns[name] = _column(own, defense=defense, **where)
+                columns[name] = _column(rows, defense=defense, **where)
     for defense, title in (("none", "before"), ("invertune", "after")):
         name = f"perturbation's ASR {title}"
-        columns[name] = _column(own, defense=defense, metric="universal_asr")
+        columns[name] = _column(rows, defense=defense, metric="universal_asr")
     frame = _by_attack(chain, columns)
     frame["lr, each seed"] = [
         ", ".join(f"{steps.tuned(chain, a, s).metrics['lr']:g}" for s in chain.settings.seeds)
@@ -263,11 +263,11 @@ def tuning_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
 
 def before_after_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """CA and ASR before and after InverTune, zero-shot."""
-    own = own_rows(chain, results)
+    rows = own_rows(chain, results)
     where = {"task": "zeroshot", "k": "1", "variant": "", "paper_item": "table1"}
 
     def rates(metric: str, defense: str) -> dict[str, list[float]]:
-        return tables.by_seed(own, "attack", metric=metric, defense=defense, **where)
+        return tables.by_seed(rows, "attack", metric=metric, defense=defense, **where)
 
     return figures.before_after(
         (rates("ca", "none"), rates("ca", "invertune")),
@@ -283,9 +283,9 @@ def figure1(chain: Chain, results: pd.DataFrame) -> Figure:
     triggered = torch.from_numpy(example.image).permute(2, 0, 1)[None].to(chain.device)
     seen = [predicted_names(chain, suspect, x)[0] for x in (image, triggered)]
     where = {"task": "zeroshot", "k": "1", "variant": "", "paper_item": "table1", "metric": "asr"}
-    own = own_rows(chain, results)
+    rows = own_rows(chain, results)
     before, after = (
-        tables.by_seed(own, "attack", defense=d, **where) for d in ("none", "invertune")
+        tables.by_seed(rows, "attack", defense=d, **where) for d in ("none", "invertune")
     )
     found = datasets.class_names(chain.settings.data)[steps.suspected_target(chain, attack, seed)]
     return image_figures.figure1(

@@ -31,7 +31,7 @@ def page(profile: str, results: pd.DataFrame, folder: Path) -> str:
     only if they are there.
     """
     items, paper = yaml.safe_load(ITEMS.read_text()), _beside_paper(profile, results)
-    notebooks = {item: name for name, own in items["notebooks"].items() for item in own}
+    notebooks = {item: name for name, printed in items["notebooks"].items() for item in printed}
     beside = (
         "The paper's numbers, which come from other data, are in "
         "[paper.csv](../../expected/paper.csv)."
@@ -55,8 +55,8 @@ def page(profile: str, results: pd.DataFrame, folder: Path) -> str:
         about = f"[{notebooks[item]}](../../notebooks/{notebooks[item]}.ipynb)"
         if seeds := sorted(_seeds(results[results.paper_item == item]), key=int):
             about += f", {named_seeds(seeds[:1] if item in items['first_seed'] else seeds)}"
-        if paper is not None and not (own := paper[paper.paper_item == item]).empty:
-            about += f", the paper's numbers: {counted(own.verdict)}"
+        if paper is not None and not (printed := paper[paper.paper_item == item]).empty:
+            about += f", the paper's numbers: {counted(printed.verdict)}"
         parts += [f"### {_name(item)}: {title}", *_shown(item, folder, items["reading"], about)]
     parts.append("## Beyond the paper")
     for name, title in items["beyond"].items():
@@ -135,8 +135,8 @@ def _name(item: str) -> str:
 
 def _seeds(rows: pd.DataFrame) -> set[str]:
     """The seeds in which all defenses of these rows were run."""
-    own = [set(seeds) for _, seeds in rows.groupby("defense").seed]
-    return set.intersection(*own) if own else set()
+    per_defense = [set(seeds) for _, seeds in rows.groupby("defense").seed]
+    return set.intersection(*per_defense) if per_defense else set()
 
 
 def named_seeds(seeds: Iterable[object]) -> str:

@@ -48,17 +48,17 @@ class Case:
     @property
     def shipped(self) -> bool:
         """Whether the backbone has weights of its own; without them nothing of the case is run."""
-        own = self.chain.settings
-        if own.weights == EMBEDDED:
-            return locked_hash(own.backbone) is not None
-        return self.item == "table4" or for_any_backbone(own.weights)
+        settings = self.chain.settings
+        if settings.weights == EMBEDDED:
+            return locked_hash(settings.backbone) is not None
+        return self.item == "table4" or for_any_backbone(settings.weights)
 
     @property
     def place(self) -> dict[str, str]:
         """The columns that tell the case's rows from others'."""
-        own = self.chain.settings
-        attack = own.generalization.attack
-        return {"backbone": own.backbone, "target": own.target, "attack": attack}
+        settings = self.chain.settings
+        attack = settings.generalization.attack
+        return {"backbone": settings.backbone, "target": settings.target, "attack": attack}
 
 
 def cases(chain: Chain) -> tuple[Case, ...]:

@@ -66,13 +66,17 @@ def calls(settings: Settings) -> dict[str, list[Call]]:
 
 
 def _generalization(settings: Settings) -> list[Call]:
-    own, seeds = settings.generalization, settings.seeds
+    section, seeds = settings.generalization, settings.seeds
     cases = [(item, name) for item, _, name in other_models(settings)]
-    defended = ("none", "invertune", *own.baselines)
+    defended = ("none", "invertune", *section.baselines)
     return [
         *((steps.identified, (null, seed)) for null in NULLS for seed in seeds),
         *((steps.impacts, model) for model in suspects(settings)),
-        *((defenses.baseline, (d, own.attack, seed)) for d in own.baselines for seed in seeds),
+        *(
+            (defenses.baseline, (d, section.attack, seed))
+            for d in section.baselines
+            for seed in seeds
+        ),
         *((passing_claims.variant_rows, ((name,),)) for name in passing_claims.VARIANTS),
         *(
             (generalization.fill, (*case, defense, seed))
@@ -82,15 +86,15 @@ def _generalization(settings: Settings) -> list[Call]:
 
 
 def _ablations(settings: Settings) -> list[Call]:
-    own = settings.ablations
+    section = settings.ablations
     return [
         *((steps.identified, (null, seed)) for null in NULLS for seed in settings.seeds),
-        *((ablations.table3_rows, ((attack,),)) for attack in own.perturbation_attacks),
-        *((ablations.round_rows, ((attack,),)) for attack in own.round_attacks),
+        *((ablations.table3_rows, ((attack,),)) for attack in section.perturbation_attacks),
+        *((ablations.round_rows, ((attack,),)) for attack in section.round_attacks),
         *(
             (ablations.SWEEP_ROWS[sweep.step], ((attack,), (name,), sweep.item))
             for sweep in SWEEPS.values()
-            for name, attack in itertools.product(sweep.names, getattr(own, sweep.attacks))
+            for name, attack in itertools.product(sweep.names, getattr(section, sweep.attacks))
             if len(compared(settings, sweep.step, name)) > 1
         ),
     ]

@@ -184,10 +184,10 @@ def image_samples(
         names = sorted(
             (name for name, _ in image_files(folder)), key=functools.partial(hash_position, seed)
         )
-        own = names[part_of(part, len(names))]
+        kept = names[part_of(part, len(names))]
         turns += [
             (turn, label, Sample(f"{folder.name}/{name}", str(folder / name)))
-            for turn, name in enumerate(own[:count])
+            for turn, name in enumerate(kept[:count])
         ]
     turns = sorted(turns, key=lambda t: t[:2])[:count]
     return Chosen([sample for *_, sample in turns], labels=[label for _, label, _ in turns])

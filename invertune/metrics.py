@@ -83,8 +83,8 @@ def match_ranks(queries: Tensor, keys: Tensor, query_groups: Tensor, key_groups:
     index = torch.arange(len(keys), device=queries.device)
     ranks = [torch.empty(0, dtype=torch.long, device=queries.device)]
     for start, table in _similarities(queries, keys):
-        own = query_groups[start : start + len(table), None] == key_groups
-        best = table.masked_fill(~own, -torch.inf).argmax(1, keepdim=True)
+        matching = query_groups[start : start + len(table), None] == key_groups
+        best = table.masked_fill(~matching, -torch.inf).argmax(1, keepdim=True)
         score = table.gather(1, best)
         ahead = (table > score) | ((table == score) & (index < best))
         ranks.append(ahead.sum(1))

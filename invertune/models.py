@@ -182,14 +182,14 @@ def assemble(
 def set_state(clip: Clip, state: dict[str, Tensor], source: str = "weights") -> None:
     """Copies ``state`` into the model after checking every name and shape (``ModelError``)."""
     check_state(clip, state, source)
-    own = clip.net.state_dict()
-    clip.net.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()})
+    current = clip.net.state_dict()
+    clip.net.load_state_dict({k: v.to(current[k].dtype) for k, v in state.items()})
 
 
 def check_state(clip: Clip, state: dict[str, Tensor], source: str = "weights") -> None:
     """Raises ``ModelError`` with the first name or shape in ``state`` that does not fit."""
-    own = clip.net.state_dict()
-    for name, tensor in own.items():
+    current = clip.net.state_dict()
+    for name, tensor in current.items():
         if name not in state:
             raise ModelError(f"{source} lacks {name}: not a {clip.backbone} of this configuration")
         if state[name].shape != tensor.shape:
@@ -197,7 +197,7 @@ def check_state(clip: Clip, state: dict[str, Tensor], source: str = "weights") -
                 f"{source}: {name} is {tuple(state[name].shape)}, but this "
                 f"{clip.backbone} needs {tuple(tensor.shape)}"
             )
-    extra = sorted(set(state) - set(own))
+    extra = sorted(set(state) - set(current))
     if extra:
         raise ModelError(f"{source} has {extra[0]}, which this {clip.backbone} does not have")
 

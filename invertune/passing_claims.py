@@ -48,20 +48,20 @@ def variants(chain: Chain) -> dict[str, Chain]:
 
     The experiment knows the target that it strikes from the list; the defense does not.
     """
-    own, few = chain.settings, chain.settings.generalization
+    settings, few = chain.settings, chain.settings.generalization
     images = {"inversion_images": few.few_images, "heldout_images": few.few_heldout_images}
     fewer = {
-        "data": own.data.model_copy(update=images),
-        "tuning": own.tuning.model_copy(update={"images": few.few_tuning_images}),
+        "data": settings.data.model_copy(update=images),
+        "tuning": settings.tuning.model_copy(update={"images": few.few_tuning_images}),
     }
     style = {}
-    if own.data.source == PICTOGRAMS:  # no other data have styles
+    if settings.data.source == PICTOGRAMS:  # no other data have styles
         other = replace(changed(chain), defender=Defender(style=few.other_style))
         style = {"data=other_style": other}
     return {
         "data=few": changed(chain, **fewer),
         **style,
-        "list=without_target": replace(changed(chain), defender=Defender(lacks=own.target)),
+        "list=without_target": replace(changed(chain), defender=Defender(lacks=settings.target)),
     }
 
 
@@ -126,10 +126,10 @@ def uniformity_rows(chain: Chain) -> Rows:
         base = shared_columns(chain, attack, seed, done.key, task="zeroshot")
         entropies = []
         for kind, count in counts.items():
-            own = {**base, "variant": {"perturbation": kind}, "n": int(count.sum())}
+            columns = {**base, "variant": {"perturbation": kind}, "n": int(count.sum())}
             entropy, share = uniformity(count)
-            rows.append(metric_row(own, "entropy", entropy))
-            rows.append(metric_row(own, "largest_share", share))
+            rows.append(metric_row(columns, "entropy", entropy))
+            rows.append(metric_row(columns, "largest_share", share))
             if kind != "none":
                 entropies.append(entropy)
         rows.append(metric_row(base, "entropy", sum(entropies) / len(entropies)))
@@ -149,11 +149,11 @@ def overlap_rows(chain: Chain) -> Rows:
 
 def variant_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """InverTune as in Table 1 and its variants: the class found in each seed, CA, ASR, CA loss."""
-    own, attack = chain.settings, chain.settings.generalization.attack
-    shared = {"backbone": own.backbone, "target": own.target, "attack": attack}
+    settings, attack = chain.settings, chain.settings.generalization.attack
+    shared = {"backbone": settings.backbone, "target": settings.target, "attack": attack}
     lines = []
     for variant, other in {"": chain, **variants(chain)}.items():
-        found = [steps.first_candidate(other, attack, seed) for seed in own.seeds]
+        found = [steps.first_candidate(other, attack, seed) for seed in settings.seeds]
         line: dict[str, Any] = {"InverTune": TITLES[variant], "found": ", ".join(found)}
         line["its rank by text"] = ", ".join(str(similarity_rank(chain, name)) for name in found)
         for (task, k), metric in itertools.product(TASKS, ("ca", "asr", "ca_loss")):
@@ -172,17 +172,17 @@ def uniformity_table(chain: Chain) -> pd.DataFrame:
     frame["value"] = frame["value"].astype(float)
     lines = []
     for attack in dict.fromkeys(frame.attack):
-        own = frame[frame.attack == attack]
-        clean = own.variant == "perturbation=none"
-        entropy, share = own.metric == "entropy", own.metric == "largest_share"
+        rows = frame[frame.attack == attack]
+        clean = rows.variant == "perturbation=none"
+        entropy, share = rows.metric == "entropy", rows.metric == "largest_share"
         lines.append(
             {
                 "model": tables.label("attack", attack),
-                "entropy, clean": own[clean & entropy].value.mean(),
-                "entropy, adversarial (mean)": own[~clean & entropy].value.mean(),
-                "entropy, adversarial (lowest)": own[~clean & entropy].value.min(),
-                "largest share, clean": own[clean & share].value.max(),
-                "largest share, adversarial": own[~clean & share].value.max(),
+                "entropy, clean": rows[clean & entropy].value.mean(),
+                "entropy, adversarial (mean)": rows[~clean & entropy].value.mean(),
+                "entropy, adversarial (lowest)": rows[~clean & entropy].value.min(),
+                "largest share, clean": rows[clean & share].value.max(),
+                "largest share, adversarial": rows[~clean & share].value.max(),
             }
         )
     return pd.DataFrame(lines)

@@ -110,8 +110,8 @@ def planned(settings: Settings) -> list[Work]:
         patch = _patch_exposures(attacks.badclip)
         work.append(Work("01_attacks", "badclip patch", seeds, patch, "badclip_patch"))
     passes = invertune_passes(settings)
-    own, rebound = settings.baselines, settings.rebound
-    again = len(suspects(settings, among=rebound.attacks)) * (len(own.names) + 1)
+    baselines, rebound = settings.baselines, settings.rebound
+    again = len(suspects(settings, among=rebound.attacks)) * (len(baselines.names) + 1)
     return [
         *work,
         *(
@@ -125,8 +125,8 @@ def planned(settings: Settings) -> list[Work]:
         Work("04_activation_tuning", "tuning", defended, passes["tuning"], "tuning"),
         *(
             Work("05_baselines", name, defended, len(section.lrs) * _exposures(section), name)
-            for name in own.names
-            for section in (getattr(own, name),)
+            for name in baselines.names
+            for section in (getattr(baselines, name),)
         ),
         Work("05_baselines", "rebound", again, _exposures(rebound), "finetune"),
         *_generalization(settings),
@@ -136,32 +136,36 @@ def planned(settings: Settings) -> list[Work]:
 
 def _generalization(settings: Settings) -> list[Work]:
     """Notebook 06, at most: a backbone without weights is left out, equal models are shared."""
-    notebook, own, seeds = "06_generalization", settings.generalization, len(settings.seeds)
+    notebook, generalization, seeds = (
+        "06_generalization",
+        settings.generalization,
+        len(settings.seeds),
+    )
     models = seeds * len(other_models(settings))
-    attack = getattr(settings.attacks, own.attack)
+    attack = getattr(settings.attacks, generalization.attack)
     work = []
     if settings.weights == PRETRAINED:  # Table 1's backbone is trained in notebook 01
-        others = len({*own.backbones} - {settings.backbone})
+        others = len({*generalization.backbones} - {settings.backbone})
         work.append(_pretraining(notebook, settings, others))
-    work.append(Work(notebook, own.attack, models, _exposures(attack), "finetune"))
-    if own.attack == "badclip":
+    work.append(Work(notebook, generalization.attack, models, _exposures(attack), "finetune"))
+    if generalization.attack == "badclip":
         patch = _patch_exposures(attack)
         work.append(Work(notebook, "badclip patch", models, patch, "badclip_patch"))
     rates = {"perturbations": "identification", "tuning": "tuning"}
     for step, exposures in invertune_passes(settings).items():
         runs = models + seeds * (3 if settings.data.source == PICTOGRAMS else 2)  # variants
         work.append(Work(notebook, step, runs, exposures, rates.get(step, "inversion")))
-    for name in own.baselines:
+    for name in generalization.baselines:
         section = getattr(settings.baselines, name)
-        tried = min(len(section.lrs), own.baseline_lrs)
+        tried = min(len(section.lrs), generalization.baseline_lrs)
         work.append(Work(notebook, name, models, tried * _exposures(section), name))
     return work
 
 
 def _pretraining(notebook: str, settings: Settings, runs: int) -> Work:
     """Both stages of so many clean models; their batches show every class once."""
-    own = settings.pretraining
-    exposures = (own.warm_start_steps + own.contrastive_steps) * len(load_sprites().classes)
+    recipe = settings.pretraining
+    exposures = (recipe.warm_start_steps + recipe.contrastive_steps) * len(load_sprites().classes)
     return Work(notebook, "pretraining", runs, exposures, "pretraining")
 
 
@@ -172,16 +176,16 @@ def _patch_exposures(badclip: BadClip) -> int:
 
 def _ablations(settings: Settings) -> list[Work]:
     """Notebook 07: one value changed at a time; the profile's own values cost nothing."""
-    own, work = settings.ablations, []
+    ablations, work = settings.ablations, []
     for title, sweep in SWEEPS.items():
         step = sweep.step
         cases = [(name, v) for name in sweep.names for v in compared(settings, step, name)[1:]]
         total = sum(invertune_passes(changed(settings, step, *case))[step] for case in cases)
-        runs = len(suspects(settings, among=getattr(own, sweep.attacks)))
+        runs = len(suspects(settings, among=getattr(ablations, sweep.attacks)))
         work.append(Work("07_ablations", title, runs, total, step))
-    runs = len(suspects(settings, among=own.perturbation_attacks))
+    runs = len(suspects(settings, among=ablations.perturbation_attacks))
     once = invertune_passes(settings)
-    again = len(suspects(settings, among=own.round_attacks))
+    again = len(suspects(settings, among=ablations.round_attacks))
     return [
         *work,  # of either trigger, or both, one is the profile's own
         Work("07_ablations", "perturbation", runs, 2 * once["tuning"], "tuning"),

@@ -72,18 +72,19 @@ def purify(settings: Settings, out: Path, rounds: int = 1) -> str:
 
 
 def _save(chain: Chain, artifact: Artifact, out: Path) -> None:
-    own = chain.settings
+    settings = chain.settings
     save_weights(pretrained(chain).after(artifact, SUSPECT).clip, out / WEIGHTS)
-    folder = local_dir(own.backbone, own.weights)
+    folder = local_dir(settings.backbone, settings.weights)
     for path in configuration(folder) if folder else ():
         shutil.copy(path, out / path.name)
 
 
 def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Artifact]]) -> str:
     """The text of README.md; ``rounds``: what is kept of each inversion, and what was tuned."""
-    own, found = chain.settings, step1.metrics
-    gains = reports.largest_increases(chain, SUSPECT, own.seeds[0])
-    names = datasets.class_names(own.data)
+    settings, found = chain.settings, step1.metrics
+    data = settings.data
+    gains = reports.largest_increases(chain, SUSPECT, settings.seeds[0])
+    names = datasets.class_names(data)
     candidates = [
         {
             "class": names[i],
@@ -97,16 +98,16 @@ def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Ar
     trigger = rounds[0][0]
     share = 100 * trigger["mask_l1"] / full_mask(chain)
     parts = [
-        f"# InverTune on {own.weights} ({own.backbone})",
-        f"Profile {own.profile}, seed {own.seeds[0]}, {len(names):,} classes, "
-        f"{own.data.inversion_images:,} images ({own.data.source}). Rates are in percent, on "
-        f"{own.data.heldout_images:,} others held out; no attack is known, so what a true trigger "
+        f"# InverTune on {settings.weights} ({settings.backbone})",
+        f"Profile {settings.profile}, seed {settings.seeds[0]}, {len(names):,} classes, "
+        f"{data.inversion_images:,} images ({data.source}). Rates are in percent, on "
+        f"{data.heldout_images:,} others held out; no attack is known, so what a true trigger "
         "would still do is not measured.",
-        f"## 1 Suspected target: {own.target}",
+        f"## 1 Suspected target: {settings.target}",
         tables.frame_markdown(pd.DataFrame(candidates), 1).strip(),
         "The classes that universal perturbations reach most. *Evidence*, stronger where smaller: "
         "the mask that a short inversion needs (L1, at equal success) times the percentage of "
-        f"images that resist the perturbations. {comparison(own)}",
+        f"images that resist the perturbations. {comparison(settings)}",
         "## 2 Inverted trigger",
         f"It drives {trigger['inverted_asr']:.1f} % of the images to the target, with "
         f"{share:.1f} % of the mask.",
@@ -120,16 +121,20 @@ def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Ar
 
 
 def _round(number: int, trigger: dict[str, Any], tuned: Artifact) -> dict[str, Any]:
-    own = tuned.metrics
-    kept = next(s for s in own["states"] if (s["lr"], s["step"]) == (own["lr"], own["step"]))
-    ends = (own["suspected"], kept)
+    metrics = tuned.metrics
+    kept = next(
+        s for s in metrics["states"] if (s["lr"], s["step"]) == (metrics["lr"], metrics["step"])
+    )
+    ends = (metrics["suspected"], kept)
     return {
         "round": str(number),
         "inverted mask L1": trigger["mask_l1"],
         "clean accuracy": " → ".join(f"{state['clean_accuracy']:.1f}" for state in ends),
         "triggers": " → ".join(f"{state['inverted_asr']:.1f}" for state in ends),
-        "critical layers": tables.layers(own["layers"]),
-        "critical neurons": ", ".join(str(own["neurons"][layer]) for layer in own["layers"]),
+        "critical layers": tables.layers(metrics["layers"]),
+        "critical neurons": ", ".join(
+            str(metrics["neurons"][layer]) for layer in metrics["layers"]
+        ),
     }
 
 

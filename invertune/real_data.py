@@ -78,10 +78,10 @@ def image_root(data: Data) -> Path:
 
 def class_names(data: Data) -> tuple[str, ...]:
     """The classes in label order: CLIP's curated names of ImageNet-1K's, or the user's."""
-    own = own_folder(data)
-    if own is None:
+    folder = own_folder(data)
+    if folder is None:
         return tuple(open_clip.IMAGENET_CLASSNAMES)
-    return tuple(name for name, _ in own_classes(own))
+    return tuple(name for name, _ in own_classes(folder))
 
 
 def templates() -> tuple[str, ...]:
@@ -152,11 +152,11 @@ def problems(root: Path) -> Iterator[str]:
 
 def decoded_bytes(settings: Settings) -> int:
     """Bytes of the store that the parts of a whole profile take once they are decoded."""
-    own, few = settings.data, settings.generalization
-    images = own.inversion_images + own.heldout_images + own.evaluation_images
-    images += own.retrieval_images + few.few_images + few.few_heldout_images
-    pairs = own.poisoning_pairs + settings.baselines.pairs + settings.rebound.pairs
-    return (images + pairs) * 3 * own.image_size_px**2
+    data, few = settings.data, settings.generalization
+    images = data.inversion_images + data.heldout_images + data.evaluation_images
+    images += data.retrieval_images + few.few_images + few.few_heldout_images
+    pairs = data.poisoning_pairs + settings.baselines.pairs + settings.rebound.pairs
+    return (images + pairs) * 3 * data.image_size_px**2
 
 
 def pairs(data: Data, part: str, count: int, store: Path) -> Part:
@@ -189,10 +189,10 @@ def fitted(settings: Settings) -> Settings:
 
     Raises ``DataError`` where these are too few for what the settings ask of steps 1 to 3.
     """
-    own, data = own_folder(settings.data), settings.data
-    if own is None:
+    root, data = own_folder(settings.data), settings.data
+    if root is None:
         return settings
-    sizes = [len(image_files(folder)) for _, folder in own_classes(own)]
+    sizes = [len(image_files(folder)) for _, folder in own_classes(root)]
     held = {}
     for part in ("inversion", "heldout"):
         there = sum(len(range(size)[part_of(part, size)]) for size in sizes)
@@ -205,13 +205,13 @@ def fitted(settings: Settings) -> Settings:
     name = max(least, key=lambda key: least[key])
     if held["heldout_images"] == 0 or held["inversion_images"] < least[name]:
         raise DataError(
-            f"{own} holds {sum(sizes):,} images, which leave {held['inversion_images']:,} for "
+            f"{root} holds {sum(sizes):,} images, which leave {held['inversion_images']:,} for "
             f"inversion and {held['heldout_images']:,} held out, but {name} = {least[name]}; add "
             f"images or lower it by --overrides; expected: {OWN_LAYOUT}"
         )
     if settings.identification.candidates > len(sizes):
         raise DataError(
-            f"identification.candidates = {settings.identification.candidates}, but {own} has "
+            f"identification.candidates = {settings.identification.candidates}, but {root} has "
             f"{len(sizes)} classes; lower it by --overrides"
         )
     return settings.model_copy(update={"data": data.model_copy(update=held)})
@@ -232,7 +232,7 @@ def target_captions(data: Data, target: int, count: int, store: Path) -> tuple[s
     """
     name = class_names(data)[target]
     parts = pairs(data, "poisoning", data.poisoning_pairs, store).captions
-    captions = [own[0] for own in parts]
+    captions = [texts[0] for texts in parts]
     held = word_matches(captions, [name]).tolist()
     found = tuple(itertools.compress(captions, held))[:count]
     if len(found) < max(1, count / 2):

@@ -169,8 +169,8 @@ def inversion_rows(chain: Chain) -> list[dict[str, str]]:
         rows.append(metric_row(base, "mask_l1", size or full_mask(chain)))
         if attack != "none" and (null := sizes["none", seed]):
             right = found.metrics["target"] == chain.target  # a wrong target's mask proves nothing
-            own = size if size and right else full_mask(chain)
-            rows.append(metric_row(base, "mask_l1_ratio", own / null))
+            mask = size if size and right else full_mask(chain)
+            rows.append(metric_row(base, "mask_l1_ratio", mask / null))
         if model.trigger is not None:
             real = rates(evaluated(chain, model, model.trigger, model.key, seed))
             asr = real["zeroshot.asr.1"]
@@ -243,11 +243,11 @@ def layer_rows(chain: Chain, attack: str, seed: int) -> list[dict[str, str]]:
     statistics = {"mean": critical.mean, "std": critical.std, "threshold": critical.threshold}
     rows = [metric_row(base, f"layer_{name}", value) for name, value in statistics.items()]
     for layer, impact in steps.layer_impacts(chain, attack, seed).items():
-        own = {**base, "variant": {"layer": layer}}
-        rows.append(metric_row(own, "layer_impact", impact))
-        rows.append(metric_row(own, "layer_selected", int(layer in critical.layers)))
+        columns = {**base, "variant": {"layer": layer}}
+        rows.append(metric_row(columns, "layer_impact", impact))
+        rows.append(metric_row(columns, "layer_selected", int(layer in critical.layers)))
     tuned = steps.tuned(chain, attack, seed)
     for layer, count in tuned.metrics["neurons"].items():
-        own = {**base, "paper_item": "extra", "variant": {"layer": layer}, "key": tuned.key}
-        rows.append(metric_row(own, "critical_neurons", count))
+        columns = {**base, "paper_item": "extra", "variant": {"layer": layer}, "key": tuned.key}
+        rows.append(metric_row(columns, "critical_neurons", count))
     return rows

@@ -49,17 +49,17 @@ def compare(profile: str, root: Path = REPOSITORY) -> tuple[str, bool]:
 
 def _verdicts(run: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     found = claims.load_claims()
-    own, theirs = (claims.judge(found, frame).set_index("id") for frame in (run, published))
+    ours, theirs = (claims.judge(found, frame).set_index("id") for frame in (run, published))
     frame = pd.DataFrame(
         {
-            "claim": own.index,
-            "run": own.verdict,
+            "claim": ours.index,
+            "run": ours.verdict,
             "published": theirs.verdict,
-            "run, what decides": own["values"],
+            "run, what decides": ours["values"],
             "published, what decides": theirs["values"],
         }
     )
-    return frame[(own.verdict != "UNTESTED") & (theirs.verdict != "UNTESTED")]
+    return frame[(ours.verdict != "UNTESTED") & (theirs.verdict != "UNTESTED")]
 
 
 def _differences(both: pd.DataFrame) -> pd.DataFrame:

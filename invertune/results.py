@@ -290,9 +290,9 @@ def _read_checked(path: Path, profile: str | None) -> list[dict[str, str]]:
     for number, record in enumerate(records, 2):
         try:
             check(record)
-            if (own := record["profile"]) != expected:
+            if (named := record["profile"]) != expected:
                 raise ResultsError(
-                    f"profile {own} in a table of profile {expected}; keep one folder per profile"
+                    f"profile {named} in a table of profile {expected}; keep one folder per profile"
                 )
         except ResultsError as error:
             raise ResultsError(f"{path}, row {number}: {error}") from None

@@ -22,8 +22,8 @@ def own_rows(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
 
     The size of a mask that never reached the ASR floor is infinite.
     """
-    own = chain.settings
-    rows = results[(results.backbone == own.backbone) & (results.target == own.target)]
+    settings = chain.settings
+    rows = results[(results.backbone == settings.backbone) & (results.target == settings.target)]
     never = (rows.metric == "mask_l1") & (rows.value == full_mask(chain))
     return rows.assign(value=rows.value.mask(never, np.inf))
 
@@ -37,8 +37,8 @@ def shared_columns(
     chain: Chain, attack: str, seed: int, key: str, defense: str = "none", **columns: Any
 ) -> dict[str, Any]:
     """The columns that rows of one model share; rows are extras unless they say otherwise."""
-    own = chain.settings
-    place = {"profile": own.profile, "backbone": own.backbone, "target": own.target}
+    settings = chain.settings
+    place = {"profile": settings.profile, "backbone": settings.backbone, "target": settings.target}
     about = {"attack": attack, "seed": seed, "key": key, "defense": defense}
     return {**place, **about, "paper_item": "extra", **columns}
 

@@ -75,9 +75,9 @@ def suspects(
 
 def other_models(settings: Settings) -> list[tuple[str, str, str]]:
     """Notebook 06's models: table, setting and its value, for other targets, then backbones."""
-    own = settings.generalization
-    targets = [("table4", "target", name) for name in own.targets]
-    return [*targets, *(("table5", "backbone", name) for name in own.backbones)]
+    section = settings.generalization
+    targets = [("table4", "target", name) for name in section.targets]
+    return [*targets, *(("table5", "backbone", name) for name in section.backbones)]
 
 
 def compared(settings: Settings, section: str, name: str) -> tuple[Any, ...]:

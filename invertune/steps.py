@@ -37,7 +37,7 @@ from invertune.triggers import Trigger
 def attacked(chain: Chain, attack: str, seed: int) -> Artifact:
     """The poisoned weights, the trigger and the training log of one attack."""
     clean = pretrained(chain)
-    settings, own = chain.settings, chain.settings.attacks
+    settings, attacks = chain.settings, chain.settings.attacks
     section = "badnet" if attack == "clean_finetuned" else attack
 
     def compute(work: Path) -> Made:
@@ -45,11 +45,11 @@ def attacked(chain: Chain, attack: str, seed: int) -> Artifact:
             settings.data, "poisoning", settings.data.poisoning_pairs, chain.store
         )
         captions = datasets.target_captions(
-            settings.data, chain.target, own.target_captions, chain.store
+            settings.data, chain.target, attacks.target_captions, chain.store
         )
         images = datasets.target_images(settings.data, pairs, chain.target, chain.store)
         victim = Victim(clean.clip, pairs, chain.target, captions, images)
-        result = ATTACKS[attack](victim, own, seed, work)
+        result = ATTACKS[attack](victim, attacks, seed, work)
         tensors = {"weights": result.clip.net.state_dict()}
         log: dict[str, Any] = {"log": result.log}
         if result.trigger is not None:
@@ -59,9 +59,9 @@ def attacked(chain: Chain, attack: str, seed: int) -> Artifact:
 
     keyed = {
         "attack": attack,
-        **getattr(own, section).model_dump(mode="json"),
+        **getattr(attacks, section).model_dump(mode="json"),
         "target": settings.target,
-        "target_captions": own.target_captions,
+        "target_captions": attacks.target_captions,
         "pairs": settings.data.poisoning_pairs,
     }
     return chain.run("attack", keyed, [clean.key], compute, seed, attack)
@@ -89,7 +89,7 @@ def planted_trigger(chain: Chain, attack: str, seed: int) -> Trigger | None:
 def identified(chain: Chain, attack: str, seed: int) -> Artifact:
     """Step 1 on one suspected model; metrics: ranking, scores, increases per kind."""
     suspect = poisoned(chain, attack, seed)
-    own = chain.settings
+    settings = chain.settings
 
     def compute(_: Path) -> Made:
         found = identify(
@@ -97,8 +97,8 @@ def identified(chain: Chain, attack: str, seed: int) -> Artifact:
             pool(chain, "inversion").images,
             pool(chain, "heldout").images,
             class_head(chain, suspect.clip),
-            own.identification,
-            own.inversion,
+            settings.identification,
+            settings.inversion,
             seed,
         )
         increases = {
@@ -114,10 +114,10 @@ def identified(chain: Chain, attack: str, seed: int) -> Artifact:
         return {"perturbations": tensors}, {**evidence, "increases": increases}
 
     keyed = {
-        **own.identification.model_dump(mode="json"),
-        "inversion": own.inversion.model_dump(mode="json"),
-        "images": own.data.inversion_images,
-        "heldout": own.data.heldout_images,
+        **settings.identification.model_dump(mode="json"),
+        "inversion": settings.inversion.model_dump(mode="json"),
+        "images": settings.data.inversion_images,
+        "heldout": settings.data.heldout_images,
     }
     return chain.run("identification", keyed, [suspect.key], compute, seed, attack)
 
@@ -149,19 +149,19 @@ def suspected_target(chain: Chain, attack: str, seed: int) -> int:
 @functools.lru_cache(maxsize=128)
 def inverted(chain: Chain, attack: str, seed: int, target: int | None = None) -> Artifact:
     """Step 2: the inverted trigger towards ``target``, by default the one that step 1 found."""
-    suspect, own = poisoned(chain, attack, seed), chain.settings
+    suspect, settings = poisoned(chain, attack, seed), chain.settings
     target = suspected_target(chain, attack, seed) if target is None else target
 
     def compute(_: Path) -> Made:
-        result = invert(chain, suspect, [Run.of(target, own.inversion)], seed)[0]
+        result = invert(chain, suspect, [Run.of(target, settings.inversion)], seed)[0]
         tensors = {"mask": result.mask.cpu(), "pattern": result.pattern.cpu()}
         return {"trigger": tensors}, inversion_metrics(result)
 
     keyed = {
-        **own.inversion.model_dump(mode="json"),
+        **settings.inversion.model_dump(mode="json"),
         "target": target,
-        "images": own.data.inversion_images,
-        "heldout": own.data.heldout_images,
+        "images": settings.data.inversion_images,
+        "heldout": settings.data.heldout_images,
     }
     return chain.run("inversion", keyed, [suspect.key], compute, seed, attack)
 
@@ -171,8 +171,8 @@ def invert(chain: Chain, suspect: Model, runs: Sequence[Run], seed: int) -> list
     images, heldout = pool(chain, "inversion"), pool(chain, "heldout")
     features = None
     if chain.settings.inversion.emb_reference == "target_image":
-        own = images.images[images.labels == runs[0].target]
-        features = embed_images(suspect.clip, own).mean(0)
+        shown = images.images[images.labels == runs[0].target]
+        features = embed_images(suspect.clip, shown).mean(0)
     return invert_triggers(
         suspect.clip,
         images.images,
@@ -208,18 +208,18 @@ def inverted_trigger(chain: Chain, artifact: Artifact) -> Trigger:
 @functools.lru_cache(maxsize=128)
 def tuned(chain: Chain, attack: str, seed: int) -> Artifact:
     """Step 3: the purified model; metrics: impacts, selection, the chosen rate, its log."""
-    suspect, own = poisoned(chain, attack, seed), chain.settings
+    suspect, settings = poisoned(chain, attack, seed), chain.settings
     target = suspected_target(chain, attack, seed)
-    found = [_SUSPECTED[name](chain, attack, seed) for name in own.tuning.triggers]
+    found = [_SUSPECTED[name](chain, attack, seed) for name in settings.tuning.triggers]
 
     def compute(_: Path) -> Made:
         together = [trigger for several, _ in found for trigger in several]
         return tune_model(chain, suspect, together, target, seed)
 
     keyed = {
-        **own.tuning.model_dump(mode="json"),
-        "pool": own.data.inversion_images,
-        "heldout": own.data.heldout_images,
+        **settings.tuning.model_dump(mode="json"),
+        "pool": settings.data.inversion_images,
+        "heldout": settings.data.heldout_images,
     }
     keys = [suspect.key, *(key for _, key in found)]
     return chain.run("tuning", keyed, keys, compute, seed, attack)
@@ -228,17 +228,17 @@ def tuned(chain: Chain, attack: str, seed: int) -> Artifact:
 @functools.lru_cache(maxsize=128)
 def impacts(chain: Chain, attack: str, seed: int) -> Artifact:
     """Eq. 8 of the inverted trigger alone (Tables 12-15), whatever step 3 tunes with."""
-    suspect, own = poisoned(chain, attack, seed), chain.settings
+    suspect, settings = poisoned(chain, attack, seed), chain.settings
     found, target = inverted(chain, attack, seed), suspected_target(chain, attack, seed)
 
     def compute(_: Path) -> Made:
         images, head = pool(chain, "inversion").images, class_head(chain, suspect.clip)
-        trigger, count = inverted_trigger(chain, found), own.tuning.images
+        trigger, count = inverted_trigger(chain, found), settings.tuning.images
         return {}, {
             "impacts": trigger_impacts(suspect.clip, images, trigger, head, target, count, seed)
         }
 
-    keyed = {"images": own.tuning.images, "pool": own.data.inversion_images}
+    keyed = {"images": settings.tuning.images, "pool": settings.data.inversion_images}
     return chain.run("impacts", keyed, [suspect.key, found.key], compute, seed, attack)
 
 

@@ -231,8 +231,8 @@ def _write(folder: Path, tensors: Tensors, metrics: Values, meta: Values) -> Non
     """Writes a whole entry into ``folder`` and waits until the disk has it."""
     folder.mkdir(parents=True)
     for stem, group in tensors.items():
-        own = {k: t.detach().cpu().contiguous().clone() for k, t in group.items()}
-        save_file(own, folder / f"{stem}.safetensors")
+        copies = {k: t.detach().cpu().contiguous().clone() for k, t in group.items()}
+        save_file(copies, folder / f"{stem}.safetensors")
     (folder / METRICS).write_text(_pretty(_plain(metrics, "metrics")))
     files = {p.name: provenance.file_hash(p) for p in sorted(folder.iterdir())}
     (folder / META).write_text(_pretty({**meta, "files": files}))

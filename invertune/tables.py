@@ -193,10 +193,10 @@ def gate_failures(results: pd.DataFrame, gate: Attacks) -> pd.DataFrame:
 
     ``results`` are those of one backbone and target.
     """
-    own = select(results, defense="none", task="zeroshot", k="1", variant="", attack=gate.names)
-    weak = (own.metric == "asr") & (own.value < gate.gate_asr_percent)
-    costly = (own.metric == "ca_loss") & (own.value > gate.gate_ca_drop_points)
-    return own[weak | costly]
+    rows = select(results, defense="none", task="zeroshot", k="1", variant="", attack=gate.names)
+    weak = (rows.metric == "asr") & (rows.value < gate.gate_asr_percent)
+    costly = (rows.metric == "ca_loss") & (rows.value > gate.gate_ca_drop_points)
+    return rows[weak | costly]
 
 
 def _ordered(names: pd.Series) -> list[str]:

@@ -205,8 +205,8 @@ def contrastive_method(clip: Clip, images: Tensor, captions: Sequence[str]) -> M
     clip.net.train()
 
     def batch_at(rows: Tensor, step: int) -> Batch:
-        own = distributed.share(rows)
-        return images[own], tokens[own]
+        mine = distributed.share(rows)
+        return images[mine], tokens[mine]
 
     def terms(pictures: Tensor, words: Tensor) -> Terms:
         image, text = pair_features(clip, pictures, words, shared=True)

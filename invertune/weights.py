@@ -88,11 +88,11 @@ def _read(clip: Clip, path: Path) -> Clip:
     return clip
 
 
-def _key(digest: str, own: Any, usual: Any) -> str:
+def _key(digest: str, described: Any, usual: Any) -> str:
     """``digest`` of weights that are described as usual; else a hash of it and the description."""
-    if own == usual:
+    if described == usual:
         return digest
-    return hashlib.sha256(json.dumps([digest, own], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([digest, described], sort_keys=True).encode()).hexdigest()
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -207,8 +207,8 @@ def _from_hub(backbone: str, weights: str, device: torch.device | str) -> tuple[
     if recorded is None:
         record_hash(repository, digest)
         print(f"{repository}: SHA-256 {digest} recorded in {WEIGHTS_LOCK}", flush=True)
-    own, usual = (_described(backbone, tag)[1:] for tag in (weights, OPENAI))
-    return clip, _key(digest, own, usual)
+    described, usual = (_described(backbone, tag)[1:] for tag in (weights, OPENAI))
+    return clip, _key(digest, described, usual)
 
 
 def _repository(described: dict[str, Any], weights: str) -> str:
