@@ -19,7 +19,7 @@ from invertune.chain import Chain
 from invertune.figures import AFTER, BEFORE, COLUMN_IN, MARKED, STYLE, attack_look, canvas, panels
 from invertune.results import read_paper
 from invertune.sections import WEIGHTS
-from invertune.settings import compared, suspects
+from invertune.settings import suspects, sweep_values
 
 
 @mpl.rc_context(STYLE)
@@ -30,12 +30,12 @@ def table2_figure(
 
     ``state`` "last": the last state of each inversion instead of the chosen one.
     """
-    several = [w for w in WEIGHTS if len(compared(chain.settings, "inversion", w)) > 1]
+    several = [w for w in WEIGHTS if len(sweep_values(chain.settings, "inversion", w)) > 1]
     masks = metric == "mask_l1"
     figure, axes = panels(len(several), 0.7, 1.3, sharey=masks)
     titles = {"inverted_asr": "Inverted ASR (%)", "mask_l1": "Mask size (L1)", "ssim": "SSIM"}
     for chart, weight in zip(axes.flat, several, strict=False):
-        values = sorted(compared(chain.settings, "inversion", weight))
+        values = sorted(sweep_values(chain.settings, "inversion", weight))
         suffix = f";state={state}" if state else ""
         places = {variant(weight, v) + suffix: i for i, v in enumerate(values)}
         for attack in chain.settings.ablations.weight_attacks:
@@ -126,7 +126,7 @@ def figure6(chain: Chain, results: pd.DataFrame) -> Figure:
     CA is that of the chosen state on evaluation images, and that of the last step on held-out
     images, which show drawings that the model was trained on. Beside ASR stands the paper's.
     """
-    values = sorted(compared(chain.settings, "tuning", "beta"))
+    values = sorted(sweep_values(chain.settings, "tuning", "beta"))
     own = chain.settings.tuning.beta
     figure, axes = canvas(1, 3, COLUMN_IN, 1.9)
     shown = (

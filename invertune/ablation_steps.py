@@ -22,7 +22,7 @@ from invertune.evaluation import RECALL_KS
 from invertune.kernels import ssim_statistics, ssim_with
 from invertune.models import embed_images
 from invertune.sections import WEIGHTS
-from invertune.settings import changed, compared
+from invertune.settings import changed, sweep_values
 from invertune.store import Artifact, Made
 from invertune.trigger_inversion import Run
 from invertune.triggers import Trigger
@@ -40,7 +40,7 @@ def swept(chain: Chain, attack: str, seed: int, weight: str) -> Artifact:
     """
     suspect, settings = steps.poisoned(chain, attack, seed), chain.settings
     target = steps.suspected_target(chain, attack, seed)
-    values = list(compared(settings, "inversion", weight)[1:])
+    values = list(sweep_values(settings, "inversion", weight)[1:])
     base = Run.of(target, settings.inversion)
 
     def compute(_: Path) -> Made:
@@ -67,7 +67,7 @@ def inversions(
 
     The target is the one that step 1 found with the profile's own settings.
     """
-    own, *others = compared(chain.settings, "inversion", name)
+    own, *others = sweep_values(chain.settings, "inversion", name)
     target = steps.suspected_target(chain, attack, seed)
     found = [(steps.inverted(chain, attack, seed, target), (own,))]
     if name in WEIGHTS:

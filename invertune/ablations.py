@@ -19,7 +19,7 @@ from invertune.metrics import Rate
 from invertune.results import variant_text
 from invertune.rows import full_mask, metric_row, own_rows, shared_columns
 from invertune.sections import NULLS, WEIGHTS
-from invertune.settings import compared, suspects
+from invertune.settings import suspects, sweep_values
 from invertune.store import Artifact
 
 TABLE3 = {"inverted": ("inverted",), "uap": ("universal",), "both": ("inverted", "universal")}
@@ -36,7 +36,7 @@ def variant(name: str, value: Any) -> str:
 
 def variants(chain: Chain, section: str, names: Iterable[str]) -> list[str]:
     """The texts of all values of these settings, of those that have more than one."""
-    found = {name: compared(chain.settings, section, name) for name in names}
+    found = {name: sweep_values(chain.settings, section, name) for name in names}
     return [variant(name, v) for name, values in found.items() if len(values) > 1 for v in values]
 
 
@@ -46,7 +46,7 @@ def inversion_rows(chain: Chain, attacks: Sequence[str], names: Iterable[str], i
     Besides, as extras, the last state of each inversion: what step 2 gives without choosing.
     """
     rows: Rows = []
-    several = [n for n in names if len(compared(chain.settings, "inversion", n)) > 1]
+    several = [n for n in names if len(sweep_values(chain.settings, "inversion", n)) > 1]
     for (attack, seed), name in (
         (c, n) for c in suspects(chain.settings, among=attacks) for n in several
     ):
@@ -76,11 +76,11 @@ def tuning_rows(chain: Chain, attacks: Sequence[str], names: Iterable[str], item
     and the ASR of the suspected triggers.
     """
     rows: Rows = []
-    several = [n for n in names if len(compared(chain.settings, "tuning", n)) > 1]
+    several = [n for n in names if len(sweep_values(chain.settings, "tuning", n)) > 1]
     for (attack, seed), name in (
         (c, n) for c in suspects(chain.settings, among=attacks) for n in several
     ):
-        for value in compared(chain.settings, "tuning", name):
+        for value in sweep_values(chain.settings, "tuning", name):
             done = steps.tuned(with_value(chain, "tuning", name, value), attack, seed)
             text = variant(name, value)
             about = {"paper_item": item, "variant": text}
@@ -143,7 +143,7 @@ def round_rows(chain: Chain, attacks: Sequence[str]) -> Rows:
 def update_rows(chain: Chain) -> Rows:
     """Held-out inverted ASR and mask size after every so many updates of the longest inversion."""
     rows: Rows = []
-    longest = max(compared(chain.settings, "inversion", "steps"))
+    longest = max(sweep_values(chain.settings, "inversion", "steps"))
     other = with_value(chain, "inversion", "steps", longest)
     for attack, seed in suspects(chain.settings, among=chain.settings.ablations.switch_attacks):
         target = steps.suspected_target(chain, attack, seed)
@@ -199,7 +199,7 @@ def switch_table(
     """A line per value of some settings; a column marks the profile's."""
     wanted = variants(chain, section, names)
     frame = tables.wide(ours(chain, results, wanted), ["variant"], ["attack", "metric"])
-    texts = [variant(n, compared(chain.settings, section, n)[0]) for n in names]
+    texts = [variant(n, sweep_values(chain.settings, section, n)[0]) for n in names]
     own = {tables.label("variant", text) for text in texts}
     frame.insert(
         1, "this profile's value", ["yes" if text in own else "" for text in frame["variant"]]

@@ -35,7 +35,9 @@ class Selection:
     layers: tuple[str, ...]
 
 
-def _chain(clip: Clip) -> tuple[Callable[..., Tensor], dict[str, nn.Module], Callable[..., Tensor]]:
+def _stem_layers_head(
+    clip: Clip,
+) -> tuple[Callable[..., Tensor], dict[str, nn.Module], Callable[..., Tensor]]:
     """The image encoder as stem, layers by parameter prefix, and head, to be run in this order."""
     visual = clip.net.visual
     if isinstance(visual, ModifiedResNet):
@@ -71,12 +73,12 @@ def candidate_layers(clip: Clip) -> dict[str, nn.Module]:
 
     Raises ``ModelError`` for an image encoder that is neither.
     """
-    return _chain(clip)[1]
+    return _stem_layers_head(clip)[1]
 
 
 def prefix_to(clip: Clip, first: str | None) -> Callable[[Tensor], Tensor]:
     """Function from pixels in [0, 1] to the input of layer ``first`` (None: of the encoder)."""
-    stem, layers, _ = _chain(clip)
+    stem, layers, _ = _stem_layers_head(clip)
     names = list(layers)
 
     def prefix(pixels: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ def maps_from(
 
     It runs no further than ``last`` (None: to the last layer); each layer's [N, *map] is float32.
     """
-    stem, layers, _ = _chain(clip)
+    stem, layers, _ = _stem_layers_head(clip)
     names = list(layers)
     start = names.index(first) if first else 0
     names = names[start : names.index(last) + 1 if last else None]
@@ -126,7 +128,7 @@ def tail_from(
     ``tail_from(c, l)(prefix_to(c, l)(x))[0]`` equals ``image_features(c, x)``: while nothing
     before ``first`` changes, its input needs to be computed only once.
     """
-    maps, head = maps_from(clip, first), _chain(clip)[2]
+    maps, head = maps_from(clip, first), _stem_layers_head(clip)[2]
 
     def tail(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         activations = maps(hidden)

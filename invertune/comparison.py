@@ -20,12 +20,12 @@ from invertune.evaluation import evaluated
 from invertune.figures import COLUMN_IN, STYLE, bars, canvas, legend_above, percent_axis, rate_text
 from invertune.plan import invertune_passes
 from invertune.reports import defense_rows
-from invertune.rows import TASKS, mean, metric_row, own_rows, rates, shared_columns
+from invertune.rows import TASK_KS, mean, metric_row, own_rows, rates, shared_columns
 from invertune.settings import suspects
 from invertune.store import Artifact
 
 
-def compared(chain: Chain) -> tuple[str, ...]:
+def defenses_compared(chain: Chain) -> tuple[str, ...]:
     """The baselines of the profile, then InverTune."""
     return (*chain.settings.baselines.names, "invertune")
 
@@ -34,7 +34,7 @@ def comparison_rows(chain: Chain) -> list[dict[str, str]]:
     """Table 1 and each defense's data: images it may use, and images it was trained on."""
     rows: list[dict[str, str]] = []
     for attack, seed in suspects(chain.settings):
-        for defense in compared(chain):
+        for defense in defenses_compared(chain):
             rows += defense_rows(chain, defense, attack, seed)
             key = defenses.defended(chain, defense, attack, seed).key
             base = shared_columns(chain, attack, seed, key, defense=defense)
@@ -62,11 +62,11 @@ def rebound_rows(chain: Chain) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     for attack, seed in suspects(chain.settings, among=chain.settings.rebound.attacks):
         suspect = steps.poisoned(chain, attack, seed)
-        for defense in compared(chain):
+        for defense in defenses_compared(chain):
             model = defenses.rebound_model(chain, defense, attack, seed)
             done = evaluated(chain, model, model.trigger, suspect.key, seed)
             base = shared_columns(chain, attack, seed, done.key, defense=defense)
-            for task, k in TASKS:
+            for task, k in TASK_KS:
                 for metric in ("ca", "asr"):
                     rate = rates(done)[f"{task}.{metric}.{k}"]
                     rows.append(metric_row(base, f"rebound_{metric}", rate, task=task, k=k))
@@ -96,9 +96,9 @@ def starred(chain: Chain, rows: pd.DataFrame) -> dict[str, str]:
 def summary_table(chain: Chain, results: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
     """Per defense: mean ASR and CA loss over the attacks, the paper's mean ASR, and the costs."""
     lines, results = [], own_rows(chain, results)
-    for defense in compared(chain):
+    for defense in defenses_compared(chain):
         line: dict[str, Any] = {"defense": tables.label("defense", defense)}
-        for task, k in TASKS:
+        for task, k in TASK_KS:
             where = {"defense": defense, "task": task, "k": k, "variant": ""}
             title = tables.label("task", task)
             line[f"{title} ASR"] = mean(results, metric="asr", paper_item="table1", **where)
@@ -125,7 +125,7 @@ def _artifacts(chain: Chain, defense: str, attack: str, seed: int) -> Sequence[A
     return [step(chain, attack, seed) for step in made]
 
 
-def rate_table(chain: Chain) -> pd.DataFrame:
+def learning_rate_table(chain: Chain) -> pd.DataFrame:
     """How each baseline's learning rate was chosen: held-out CA at every rate that was run."""
     lines = []
     for attack, seed in suspects(chain.settings):
@@ -161,11 +161,11 @@ def table1_figure(chain: Chain, results: pd.DataFrame) -> Figure:
         ("asr", "ASR (%), light 0 to dark 100", 100),
         ("ca_loss", "CA loss (points), light 0 to dark 12 or more", 12),
     )
-    rows, names = own_rows(chain, results), compared(chain)
+    rows, names = own_rows(chain, results), defenses_compared(chain)
     attacks = {name: tables.label("attack", name) for name in chain.settings.attacks.names}
     stars = starred(chain, rows)
     figure, axes = canvas(4, 1, COLUMN_IN, 1.3 + 0.96 * len(names), sharex=True)
-    for line, (task, k) in zip(axes[:, 0].reshape(2, 2), TASKS, strict=True):
+    for line, (task, k) in zip(axes[:, 0].reshape(2, 2), TASK_KS, strict=True):
         for chart, (metric, title, top) in zip(line, looks, strict=True):
             where = {"task": task, "k": k, "variant": "", "metric": metric}
             found = {d: tables.by_seed(rows, "attack", defense=d, **where) for d in names}
@@ -212,7 +212,7 @@ def rebound_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     for chart, attack in zip(axes[:, 0], names, strict=False):  # none: an empty chart
         shared = {"attack": attack, "task": "zeroshot", "k": "1", "variant": ""}
         groups = {t: tables.by_seed(results, "defense", **shared, **w) for t, w in looks.items()}
-        bars(chart, compared(chain), groups, column="defense")
+        bars(chart, defenses_compared(chain), groups, column="defense")
         percent_axis(chart, "ASR (%)")
         chart.set_title(tables.label("attack", attack))
         chart.label_outer()

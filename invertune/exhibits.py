@@ -18,7 +18,7 @@ from invertune.chain import Chain, Model, class_head
 from invertune.image_figures import Example
 from invertune.models import embed_images, to_pixels
 from invertune.reports import inverted_energy, largest_increases
-from invertune.rows import TASKS, own_rows
+from invertune.rows import TASK_KS, own_rows
 from invertune.sections import NULLS, Attacks
 from invertune.settings import suspects
 from invertune.target_identification import ranked_increases, strongest, weighted_mask
@@ -244,7 +244,7 @@ def layer_figure(chain: Chain) -> Figure:
 def tuning_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """Per attack: CA and ASR of both tasks before and after, the paper's numbers beside them."""
     rows, columns = own_rows(chain, results), {}
-    for task, k in TASKS:
+    for task, k in TASK_KS:
         for metric in ("ca", "asr"):
             where = {"task": task, "k": k, "metric": metric, "variant": "", "paper_item": "table1"}
             for defense, title in (("none", "before"), ("invertune", "after")):

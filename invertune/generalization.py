@@ -64,7 +64,7 @@ class Case:
 def cases(chain: Chain) -> tuple[Case, ...]:
     """The profile's other targets (Table 4), then its other backbones (Table 5)."""
     other = other_models(chain.settings)
-    return tuple(Case(item, name, changed(chain, **{key: name})) for item, key, name in other)
+    return tuple(Case(item, name, one_attack(chain, **{key: name})) for item, key, name in other)
 
 
 def shipped(chain: Chain) -> list[Case]:
@@ -72,7 +72,7 @@ def shipped(chain: Chain) -> list[Case]:
     return [case for case in cases(chain) if case.shipped]
 
 
-def changed(chain: Chain, **settings: Any) -> Chain:
+def one_attack(chain: Chain, **settings: Any) -> Chain:
     """The chain with other settings, and notebook 06's one attack."""
     own = chain.settings
     attacks = own.attacks.model_copy(update={"names": (own.generalization.attack,)})
@@ -111,7 +111,7 @@ def with_rates(case: Case, main: Chain, seed: int, names: Iterable[str] | None =
             start = min(lrs.index(chosen), len(lrs) - own.baseline_lrs)
             few = tuple(lrs[start : start + own.baseline_lrs])
             grids[name] = section.model_copy(update={"lrs": few})
-    return changed(case.chain, baselines=baselines.model_copy(update=grids))
+    return one_attack(case.chain, baselines=baselines.model_copy(update=grids))
 
 
 def generalization_rows(chain: Chain) -> Rows:
@@ -171,7 +171,7 @@ def _rate(results: pd.DataFrame, case: Case, **where: str) -> list[float]:
     return list(tables.select(results, **wanted).value)
 
 
-def rate_table(found: Sequence[Case], results: pd.DataFrame, item: str) -> pd.DataFrame:
+def accuracy_table(found: Sequence[Case], results: pd.DataFrame, item: str) -> pd.DataFrame:
     """Table 4 or 5: a line per defense, CA and ASR per case (means over seeds)."""
     chosen = [case for case in found if case.item == item]
     lines = []
@@ -222,7 +222,7 @@ def layer_table(case: Case) -> pd.DataFrame:
 @mpl.rc_context(STYLE)
 def asr_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """ASR of every defense on Table 1's model (where it was run), other targets and backbones."""
-    first = Case("table1", f"{chain.settings.target}, {chain.settings.backbone}", changed(chain))
+    first = Case("table1", f"{chain.settings.target}, {chain.settings.backbone}", one_attack(chain))
     undefended = {"paper_item": first.item, "defense": "none", "metric": "asr"}
     shown = [*([first] if _rate(results, first, **undefended) else []), *shipped(chain)]
     names = ("none", *chain.settings.generalization.defenses)

@@ -24,7 +24,7 @@ from invertune import ablations, defenses, generalization, passing_claims, plan,
 from invertune.chain import open_chain
 from invertune.decoding import cores
 from invertune.sections import NULLS, SWEEPS, Settings
-from invertune.settings import compared, other_models, suspects
+from invertune.settings import other_models, suspects, sweep_values
 from invertune.store import MissingError
 from invertune.terminal import progress
 
@@ -95,7 +95,7 @@ def _ablations(settings: Settings) -> list[Call]:
             (ablations.SWEEP_ROWS[sweep.step], ((attack,), (name,), sweep.item))
             for sweep in SWEEPS.values()
             for name, attack in itertools.product(sweep.names, getattr(section, sweep.attacks))
-            if len(compared(settings, sweep.step, name)) > 1
+            if len(sweep_values(settings, sweep.step, name)) > 1
         ),
     ]
 

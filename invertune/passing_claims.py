@@ -20,9 +20,9 @@ from invertune import data as datasets
 from invertune import defenses, steps, tables
 from invertune.chain import Chain, Defender, class_head, pretrained
 from invertune.evaluation import evaluated
-from invertune.generalization import Rows, changed
+from invertune.generalization import Rows, one_attack
 from invertune.reports import candidate_rows, defense_rows
-from invertune.rows import TASKS, mean, metric_row, rates, shared_columns
+from invertune.rows import TASK_KS, mean, metric_row, rates, shared_columns
 from invertune.sections import PICTOGRAMS
 from invertune.settings import suspects
 
@@ -56,12 +56,12 @@ def variants(chain: Chain) -> dict[str, Chain]:
     }
     style = {}
     if settings.data.source == PICTOGRAMS:  # no other data have styles
-        other = replace(changed(chain), defender=Defender(style=few.other_style))
+        other = replace(one_attack(chain), defender=Defender(style=few.other_style))
         style = {"data=other_style": other}
     return {
-        "data=few": changed(chain, **fewer),
+        "data=few": one_attack(chain, **fewer),
         **style,
-        "list=without_target": replace(changed(chain), defender=Defender(lacks=settings.target)),
+        "list=without_target": replace(one_attack(chain), defender=Defender(lacks=settings.target)),
     }
 
 
@@ -79,7 +79,7 @@ def variant_rows(chain: Chain, among: Collection[str] = VARIANTS) -> Rows:
         before = rates(evaluated(chain, suspect, suspect.trigger, suspect.key, seed))
         done = evaluated(chain, model, model.trigger, suspect.key, seed)
         base = shared_columns(chain, attack, seed, done.key, defense="invertune", variant=variant)
-        for task, k in TASKS:
+        for task, k in TASK_KS:
             at = {**base, "task": task, "k": k}
             ca, asr = (rates(done)[f"{task}.{metric}.{k}"] for metric in ("ca", "asr"))
             rows += [metric_row(at, "ca", ca), metric_row(at, "asr", asr)]
@@ -156,7 +156,7 @@ def variant_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
         found = [steps.first_candidate(other, attack, seed) for seed in settings.seeds]
         line: dict[str, Any] = {"InverTune": TITLES[variant], "found": ", ".join(found)}
         line["its rank by text"] = ", ".join(str(similarity_rank(chain, name)) for name in found)
-        for (task, k), metric in itertools.product(TASKS, ("ca", "asr", "ca_loss")):
+        for (task, k), metric in itertools.product(TASK_KS, ("ca", "asr", "ca_loss")):
             where = {**shared, "task": task, "k": k, "variant": variant, "metric": metric}
             title = "CA loss" if metric == "ca_loss" else tables.label("metric", metric)
             value = mean(results, defense="invertune", **where)

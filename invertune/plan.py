@@ -17,7 +17,7 @@ import yaml
 
 from invertune.files import REPOSITORY
 from invertune.sections import PICTOGRAMS, PRETRAINED, SWEEPS, BadClip, CleanClip, Settings
-from invertune.settings import SettingsError, changed, compared, other_models, suspects
+from invertune.settings import SettingsError, changed, other_models, suspects, sweep_values
 from invertune.sprites import load_sprites
 
 RATES = REPOSITORY / "expected" / "rates.json"
@@ -179,7 +179,7 @@ def _ablations(settings: Settings) -> list[Work]:
     ablations, work = settings.ablations, []
     for title, sweep in SWEEPS.items():
         step = sweep.step
-        cases = [(name, v) for name in sweep.names for v in compared(settings, step, name)[1:]]
+        cases = [(name, v) for name in sweep.names for v in sweep_values(settings, step, name)[1:]]
         total = sum(invertune_passes(changed(settings, step, *case))[step] for case in cases)
         runs = len(suspects(settings, among=getattr(ablations, sweep.attacks)))
         work.append(Work("07_ablations", title, runs, total, step))

@@ -15,7 +15,7 @@ from invertune.chain import Chain, class_list, pretrained
 from invertune.evaluation import evaluated
 from invertune.files import REPOSITORY
 from invertune.results import write_rows, write_runs
-from invertune.rows import TASKS, full_mask, metric_row, rates, shared_columns
+from invertune.rows import TASK_KS, full_mask, metric_row, rates, shared_columns
 from invertune.sections import NULLS
 from invertune.settings import suspects
 from invertune.store import Artifact
@@ -91,7 +91,7 @@ def _table1(artifact: Artifact, base: dict[str, Any], item: str = "table1") -> l
         columns: dict[str, Any] = {"task": task, "k": k}
         if metric == "t2i":
             metric, columns["variant"] = "ca", "direction=text_to_image"
-        elif metric in ("ca", "asr") and (task, k) in TASKS:
+        elif metric in ("ca", "asr") and (task, k) in TASK_KS:
             columns["paper_item"] = item
         rows.append(metric_row(base, metric, rate, **columns))
     return rows
@@ -203,7 +203,7 @@ def defense_rows(chain: Chain, defense: str, attack: str, seed: int) -> list[dic
     done = evaluated(chain, model, model.trigger, suspect.key, seed)
     base = shared_columns(chain, attack, seed, done.key, defense=defense)
     rows = _table1(done, base)
-    for task, k in TASKS:
+    for task, k in TASK_KS:
         name = f"{task}.ca.{k}"
         loss = before[name].value - rates(done)[name].value
         rows.append(metric_row(base, "ca_loss", loss, task=task, k=k))

@@ -14,7 +14,7 @@ from invertune.metrics import Rate
 from invertune.results import row
 from invertune.store import Artifact
 
-TASKS = (("zeroshot", "1"), ("retrieval", "10"))  # with the k of Table 1
+TASK_KS = (("zeroshot", "1"), ("retrieval", "10"))  # with the k of Table 1
 
 
 def own_rows(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:

@@ -80,14 +80,14 @@ def other_models(settings: Settings) -> list[tuple[str, str, str]]:
     return [*targets, *(("table5", "backbone", name) for name in section.backbones)]
 
 
-def compared(settings: Settings, section: str, name: str) -> tuple[Any, ...]:
+def sweep_values(settings: Settings, section: str, name: str) -> tuple[Any, ...]:
     """The values of one setting that the ablations compare: the profile's own, then the others."""
     listed = getattr(getattr(settings.ablations, section), name)
     return tuple(dict.fromkeys((getattr(getattr(settings, section), name), *listed)))
 
 
 def changed(settings: Settings, section: str, name: str, value: Any) -> Settings:
-    """The settings with one of them changed to a ``value`` that ``compared`` gave."""
+    """The settings with one of them changed to a ``value`` that ``sweep_values`` gave."""
     part = getattr(settings, section).model_copy(update={name: value})
     return settings.model_copy(update={section: part})
 

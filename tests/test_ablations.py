@@ -28,7 +28,7 @@ from invertune.plan import planned
 from invertune.results import read_paper, to_frame
 from invertune.rows import full_mask
 from invertune.sections import WEIGHTS
-from invertune.settings import changed, compared, load_settings
+from invertune.settings import changed, load_settings, sweep_values
 from invertune.store import entries
 
 SETTINGS = {
@@ -58,7 +58,7 @@ def table2_rows(chain: Chain) -> pd.DataFrame:
 
 
 def test_own_values_come_first_and_once(chain: Chain) -> None:
-    assert compared(chain.settings, "inversion", "lambda4") == (0.01, 0.05, 0.1)
+    assert sweep_values(chain.settings, "inversion", "lambda4") == (0.01, 0.05, 0.1)
     assert ablations.variants(chain, "inversion", ("lambda1", "lambda4")) == [
         "lambda4=0.01",
         "lambda4=0.05",

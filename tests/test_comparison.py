@@ -66,7 +66,7 @@ def test_the_summary_names_what_each_defense_costs(chain: Chain, rows: pd.DataFr
 
 
 def test_the_rate_table_shows_every_rate_and_what_was_not_run(chain: Chain) -> None:
-    table = comparison.rate_table(chain).set_index("defense")
+    table = comparison.learning_rate_table(chain).set_index("defense")
     tried = dict(defenses.baseline(chain, "ft", "blended", 0).metrics["tried"])
     assert list(tried) == [0.0002, 0.0001] and tried[0.0002] is not None
     shown = {lr: table.loc["FT", f"CA at {lr:g}"] for lr in tried}

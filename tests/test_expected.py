@@ -17,13 +17,13 @@ from invertune import data as datasets
 from invertune.evaluation import RECALL_KS
 from invertune.files import REPOSITORY
 from invertune.sections import BACKBONES, EMBEDDED, SWEEPS
-from invertune.settings import compared, load_settings
+from invertune.settings import load_settings, sweep_values
 from invertune.store import artifact_key
 from invertune.weights import load_clip, locked_hash
 
 PUBLISHED = REPOSITORY / "expected" / "mini.csv"
 LAYER = "visual.layer4"
-SWEPT = len(compared(load_settings("mini"), "inversion", "lambda1")[1:])  # as of every weight
+SWEPT = len(sweep_values(load_settings("mini"), "inversion", "lambda1")[1:])  # as of every weight
 AT_EVERY_K = {str(k): [50.0, 1, 0.0, 100.0] for k in RECALL_KS}
 STATE = {"step": 1, "inverted_asr": 50.0, "mask_l1": 1.0}
 INVERTED = {"mask_l1_at_equal_asr": 1.0, "states": [STATE]}

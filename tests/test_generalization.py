@@ -35,7 +35,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
 
 
 def test_a_case_shares_what_is_equal_and_nothing_else(chain: Chain) -> None:
-    banana, same = generalization.cases(chain)[0], generalization.changed(chain, backbone="RN50")
+    banana, same = generalization.cases(chain)[0], generalization.one_attack(chain, backbone="RN50")
     key = steps.attacked(chain, "badclip", 0).key
     assert steps.attacked(same, "badclip", 0).key == key
     assert steps.attacked(banana.chain, "badclip", 0).key != key
@@ -59,7 +59,7 @@ def test_rows_of_a_case_belong_to_its_table_and_its_place(
     cases = generalization.cases(chain)
     line = generalization.describe(cases).splitlines()[-1]
     assert "RN101" in line and NOT_SHIPPED in line and "pretrain RN101" in line
-    table4, table5 = (generalization.rate_table(cases, rows, i) for i in ("table4", "table5"))
+    table4, table5 = (generalization.accuracy_table(cases, rows, i) for i in ("table4", "table5"))
     assert (table5["RN101 CA"] == NOT_SHIPPED).all() and table4["banana ASR"].between(0, 100).all()
     chosen = generalization.case_table(cases, chain)
     assert list(chosen["attack"] == NOT_SHIPPED) == [False, True]
