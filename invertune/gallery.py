@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
+from PIL import Image
 
 from invertune import claims, tables
 from invertune.files import REPOSITORY
@@ -119,8 +120,9 @@ def _shown(name: str, folder: Path, reading: Mapping[str, str], about: str = "")
         return [f"{about}: not run yet."] if about else []
     links = " · ".join(f"[{suffix.upper()}]({name}.{suffix})" for suffix in there)
     parts = [f"{about} · {links}".removeprefix(" · "), f"*What to look for:* {reading[name]}"]
-    if (folder / f"{name}.png").is_file():
-        parts.append(f"![{name}]({name}.png)")
+    if (chart := folder / f"{name}.png").is_file():
+        width = Image.open(chart).width // 2  # sharp on fine screens
+        parts.append(f'<img src="{name}.png" width="{width}" alt="{name}">')
     if (path := folder / f"{name}.md").is_file():
         text = path.read_text().strip()
         lines = text.count("\n") - 1

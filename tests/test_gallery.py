@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 from invertune import gallery, results
 from invertune.settings import load_settings
@@ -22,14 +23,15 @@ def test_the_page_names_what_is_not_run_and_the_seeds_of_what_is(tmp_path: Path)
     (tmp_path / "table6.csv").touch()
     (tmp_path / "table6.md").write_text("| a |\n" * 40)
     (tmp_path / "rebound.pdf").touch()
-    (tmp_path / "rebound.png").touch()
+    Image.new("L", (1320, 4)).save(tmp_path / "rebound.png")
     rows = [row("none", 4), row("none", 5), row("ft", 5)]
     page = gallery.page("mini", results.to_frame(rows), tmp_path)
     parts = {part.split(":")[0]: part for part in page.split("### ")[1:]}
     assert "seed 5 · [CSV](table1.csv)" in parts["Table 1"] and "| 50.00 |" in parts["Table 1"]
     assert "[38 lines](table6.md)" in parts["Table 6"] and "| a |" not in parts["Table 6"]
     assert "not run yet" in parts["Figure 5(a)"]
-    assert page.count("![") == 1 and "![rebound](rebound.png)" in page
+    assert page.count("<img") == 1
+    assert '<img src="rebound.png" width="660" alt="rebound">' in page
     assert "UNTESTED" in page and "no row with" in page
 
 
