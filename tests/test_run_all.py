@@ -77,13 +77,14 @@ def test_help_names_every_option_without_an_environment():
     [
         (("mimi",), "unknown profile 'mimi'; choose one of mini, paper, scenes224, smoke"),
         (("smoke", "--seeds", "1,x"), "--seeds '1,x' is not a list of distinct whole numbers"),
-        (("smoke", "--seeds", "1,1"), "different"),
+        (("smoke", "--seeds", "1,1"), "distinct"),
         (("smoke", "--overrides", "{inversion: {stps: 3}}"), "unknown key 'inversion.stps'"),
         (("smoke", "--overrides", "{attacks: {names: [x]}}"), "'badnet', 'blended'"),
         (("smoke", "--overrides", "{backbone: RN5}"), "'RN50', 'RN101'"),
         (("smoke", "--overrides", "3"), "is not a mapping"),
         (("smoke", "--overrides", "{a"), "is not YAML"),
         (("smoke", "--only", "99"), "no notebook starts with '99'; there are: 01_attacks"),
+        (("smoke", "--only", "9", "--dry-run"), "no notebook starts with '9'"),
         (("smoke", "--fast"), "unrecognized arguments: --fast"),
         (("env",), "env needs a command, for example: ./run_all.sh env python -m invertune --help"),
     ],
@@ -94,6 +95,10 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, words):
     assert "Traceback" not in result.stderr
     lines = [line for line in result.stderr.splitlines() if not line.startswith("usage:")]
     assert len(lines) == 1
+
+
+def test_a_command_shows_its_own_help():
+    assert "local-dir:FOLDER" in run_all("purify", "--help").stdout
 
 
 def test_env_runs_any_command_in_the_environment():
