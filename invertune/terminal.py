@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from tqdm import tqdm
-
 
 def progress(items: Iterable[Any], label: str, start: int = 0, total: int | None = None) -> Any:
     """A progress bar over ``items``; silent when INVERTUNE_PROGRESS=0."""
+    from tqdm import tqdm  # settings are read in Snakemake's environment too, which has none
+
     off = os.environ.get("INVERTUNE_PROGRESS") == "0"
     return tqdm(items, desc=label, initial=start, total=total, disable=off, mininterval=1)
 
