@@ -232,10 +232,9 @@ def test_the_same_seed_gives_the_same_tuning(planted, baseline):
 def test_running_the_tail_alone_gives_the_numbers_of_the_whole_encoder(
     planted, baseline, monkeypatch
 ):
-    for module in ("activation_tuning", "losses"):
-        monkeypatch.setattr(f"invertune.{module}.prefix_to", whole_prefix)
-        monkeypatch.setattr(f"invertune.{module}.tail_from", whole_tail)
-    monkeypatch.setattr("invertune.losses.maps_from", whole_maps)
+    monkeypatch.setattr("invertune.activation_tuning.prefix_to", whole_prefix)
+    monkeypatch.setattr("invertune.activation_tuning.tail_from", whole_tail)
+    monkeypatch.setattr("invertune.activation_tuning.maps_from", whole_maps)
     plain = run(planted)
     for one, other in zip(plain.states, baseline.states, strict=True):
         assert one.activation == pytest.approx(other.activation, rel=1e-3)

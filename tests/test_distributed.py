@@ -17,7 +17,7 @@ from torch import Tensor
 
 from invertune import distributed
 from invertune.__main__ import main
-from invertune.baselines import BASELINES
+from invertune.baselines import trained
 from invertune.chain import DeviceMemoryError
 from invertune.data import Pairs
 from invertune.models import Clip
@@ -71,7 +71,7 @@ def train_cleanclip() -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     own = {"steps": 3, "batch": BATCH, "warmup_steps": 1}
     settings = load_settings("smoke", {"baselines": {"cleanclip": own}}).baselines
     given = Pairs(images, tuple(captions), torch.full((24, 2), -1))
-    run = BASELINES["cleanclip"](tiny(VIT), given, settings, 0.01, 0, None)
+    run = trained("cleanclip", tiny(VIT), given, settings, 0.01, 0, None)
     return run.clip.net.state_dict(), run.log
 
 

@@ -16,7 +16,7 @@ from invertune import triggers
 from invertune.activation_tuning import Tuned, tune
 from invertune.activations import candidate_layers, rows_to_train
 from invertune.attacks import ATTACKS, Poisoned, Victim
-from invertune.baselines import BASELINES
+from invertune.baselines import trained
 from invertune.data import Pairs
 from invertune.metrics import attack_success_rate, clean_accuracy, predictions, recall_at_k
 from invertune.models import (
@@ -197,7 +197,7 @@ def test_tuning_changes_critical_rows_and_nothing_else(case: Case, tuned: Tuned)
 def test_a_baseline_finetunes_a_copy(case: Case) -> None:
     only(case, *CHEAP)
     own = SETTINGS.baselines
-    result = BASELINES["ft"](case.clip, case.victim.pairs, own, own.ft.lrs[0], 0, None)
+    result = trained("ft", case.clip, case.victim.pairs, own, own.ft.lrs[0], 0, None)
     assert {"text_projection", "logit_scale"} < moved(result.clip, case.before)
     assert finite(result.log)
 
