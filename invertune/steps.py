@@ -36,6 +36,7 @@ from invertune.triggers import Trigger
 @functools.lru_cache(maxsize=128)
 def attacked(chain: Chain, attack: str, seed: int) -> Artifact:
     """The poisoned weights, the trigger and the training log of one attack."""
+    target = chain.target  # a name that is no class is told before any work
     clean = pretrained(chain)
     settings, attacks = chain.settings, chain.settings.attacks
     section = "badnet" if attack == "clean_finetuned" else attack
@@ -45,10 +46,10 @@ def attacked(chain: Chain, attack: str, seed: int) -> Artifact:
             settings.data, "poisoning", settings.data.poisoning_pairs, chain.store
         )
         captions = datasets.target_captions(
-            settings.data, chain.target, attacks.target_captions, chain.store
+            settings.data, target, attacks.target_captions, chain.store
         )
-        images = datasets.target_images(settings.data, pairs, chain.target, chain.store)
-        victim = Victim(clean.clip, pairs, chain.target, captions, images)
+        images = datasets.target_images(settings.data, pairs, target, chain.store)
+        victim = Victim(clean.clip, pairs, target, captions, images)
         result = ATTACKS[attack](victim, attacks, seed, work)
         tensors = {"weights": result.clip.net.state_dict()}
         log: dict[str, Any] = {"log": result.log}

@@ -11,6 +11,7 @@ from invertune import data as datasets
 from invertune import exhibits, reports, steps
 from invertune.chain import Chain, DeviceMemoryError, class_head, class_list, open_chain, pretrained
 from invertune.evaluation import evaluated
+from invertune.layouts import DataError
 from invertune.models import zero_shot_head
 from invertune.perturbations import as_trigger
 from invertune.results import row, to_frame
@@ -27,6 +28,14 @@ QUICK = {
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return open_chain(load_settings("smoke", QUICK), tmp_path_factory.mktemp("store"))
+
+
+def test_a_target_that_is_no_class_is_told_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="class 'mushrom' is not in the list"):
+        steps.attacked(
+            open_chain(load_settings("smoke", {"target": "mushrom"}), tmp_path), "sig", 0
+        )
+    assert not any(tmp_path.iterdir())
 
 
 def test_impacts_are_those_of_the_inverted_trigger_alone(chain: Chain) -> None:
