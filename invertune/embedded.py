@@ -5,7 +5,6 @@ One resumable command each: ``python -m invertune pretrain RN50``.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 import time
@@ -18,13 +17,13 @@ import torch
 import yaml
 
 from invertune import data as datasets
-from invertune.chain import Chain, open_chain, pretraining_recipe, train_clean
+from invertune.chain import STEP_VERSIONS, Chain, open_chain, pretraining_recipe, train_clean
 from invertune.evaluation import utility
 from invertune.models import MODEL_FOLDER, WEIGHTS, Clip, build_clip, save_weights
 from invertune.provenance import commit, file_hash, versions
 from invertune.sections import EMBEDDED
 from invertune.settings import load_settings
-from invertune.store import canonical
+from invertune.store import artifact_key
 from invertune.weights import load_clip, record_hash
 
 
@@ -39,9 +38,11 @@ def pretrain_embedded(
     overrides = overrides or {}
     settings = load_settings(profile, {**overrides, "backbone": backbone})
     chain = open_chain(settings)
-    recipe = canonical([pretraining_recipe(settings), settings.precision, settings.data.seed])
-    folder, made = MODEL_FOLDER / backbone, hashlib.sha256(recipe.encode()).hexdigest()[:8]
-    work = chain.store / "pretraining" / f"{backbone}-{made}"  # another recipe starts anew
+    recipe, version = pretraining_recipe(settings), STEP_VERSIONS["pretraining"]
+    given = {**recipe, "precision": settings.precision}
+    key = artifact_key("pretraining", version, given, [], datasets.manifest(settings.data))
+    folder = MODEL_FOLDER / backbone
+    work = chain.store / "pretraining" / f"{backbone}-{key[:8]}"  # another recipe starts anew
     resumed = work.exists()  # what was spent before the kill is not known any more
     started = time.monotonic()
     clip, _ = train_clean(chain, lambda: build_clip(folder, backbone, chain.device), work)
