@@ -12,7 +12,7 @@ from pathlib import Path
 from invertune import plan
 from invertune.sections import OWN_IMAGES
 from invertune.settings import SettingsError, load_settings
-from invertune.terminal import printable
+from invertune.terminal import printable, quiet_in_a_log
 
 # Modules that import torch are imported late: a wrong argument should not wait seconds for it.
 
@@ -23,8 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ and options.run is not _fill:
             raise SettingsError("torchrun is for the command fill only; run this one without it")
-        if not sys.stderr.isatty():
-            os.environ.setdefault("INVERTUNE_PROGRESS", "0")
+        quiet_in_a_log()
         return options.run(options)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)

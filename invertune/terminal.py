@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,12 @@ def progress(items: Iterable[Any], label: str, start: int = 0, total: int | None
 
     off = os.environ.get("INVERTUNE_PROGRESS") == "0"
     return tqdm(items, desc=label, initial=start, total=total, disable=off, mininterval=1)
+
+
+def quiet_in_a_log() -> None:
+    """No bars where they would go to a file, unless INVERTUNE_PROGRESS says otherwise."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("INVERTUNE_PROGRESS", "0")
 
 
 def printable(text: str) -> str:

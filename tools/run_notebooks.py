@@ -22,6 +22,7 @@ from invertune.__main__ import explain, show_plan
 from invertune.files import REPOSITORY, hold, open_lock, write_atomic
 from invertune.sections import EMBEDDED, PICTOGRAMS, PRETRAINED, Settings
 from invertune.settings import SettingsError, load_settings
+from invertune.terminal import quiet_in_a_log
 
 FAILED, WRONG, BUSY = 1, 2, 3
 
@@ -102,8 +103,7 @@ def run_all(
     """
     if settings.data.source == PICTOGRAMS and settings.weights in (EMBEDDED, PRETRAINED):
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when a kernel imports huggingface_hub
-    if not sys.stderr.isatty():
-        os.environ.setdefault("INVERTUNE_PROGRESS", "0")
+    quiet_in_a_log()
     store = Path(os.environ.get("INVERTUNE_STORE") or root / "results" / "store")
     for notebook in notebooks:
         output = root / "results" / settings.profile / "notebooks" / notebook.name
