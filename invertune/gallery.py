@@ -1,7 +1,7 @@
 """One page of all that a profile has left: its claims with verdicts, every figure and table.
 
 figures/PROFILE/README.md, written after each notebook of a run; ``python -m tools.update_readme``
-writes the committed one of mini from the published results.
+writes the committed ones from the published results.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from invertune import claims, tables
+from invertune.figures import DPI
 from invertune.files import REPOSITORY
 from invertune.results import read_paper, read_results
 from invertune.sections import Settings
@@ -103,25 +104,33 @@ def _claims(results: pd.DataFrame) -> list[str]:
     judged = claims.judge(claims.load_claims(), results)
     shown = claims.shown(judged).rename(columns={"values": "seed: what decides"})
     frame = shown[["verdict", *(c for c in shown if c not in ("verdict", "margin", "spread"))]]
-    return [
+    untested = frame.verdict == "UNTESTED"
+    parts = [
         f"{claims_counted(judged)}. A claim HOLDS if it is true in every seed and, where there are "
         "several, by more than the seeds differ. It FAILS if it is true in no seed, is UNDECIDED "
         "in between, and UNTESTED if its rows are missing. The column *seed: what decides* has the "
         "number of each seed that decides the claim, with the cell or competitor it came from, or "
-        "the number of cases in which it is true.",
-        tables.frame_markdown(frame).strip(),
+        "the number of cases in which it is true."
     ]
+    if not untested.all():
+        parts.append(tables.frame_markdown(frame[~untested]).strip())
+    if untested.any():
+        parts.append(f"<details><summary>{untested.sum()} UNTESTED</summary>")
+        parts += [tables.frame_markdown(frame[untested]).strip(), "</details>"]
+    return parts
 
 
 def _shown(name: str, folder: Path, reading: Mapping[str, str], about: str = "") -> list[str]:
     """Links, reading aid, chart and table of one item: what of it is in ``folder``."""
     there = [s for s in ("csv", "tex", "pdf") if (folder / f"{name}.{s}").is_file()]
-    if not there:
+    chart = folder / f"{name}.png"
+    if not there and not chart.is_file():
         return [f"{about}: not run yet."] if about else []
     links = " · ".join(f"[{suffix.upper()}]({name}.{suffix})" for suffix in there)
-    parts = [f"{about} · {links}".removeprefix(" · "), f"*What to look for:* {reading[name]}"]
-    if (chart := folder / f"{name}.png").is_file():
-        width = Image.open(chart).width // 2  # sharp on fine screens
+    parts = [" · ".join(filter(None, (about, links))), f"*What to look for:* {reading[name]}"]
+    if chart.is_file():
+        picture = Image.open(chart)  # at most 200 pixels an inch: sharp on fine screens
+        width = round(picture.width * min(1, 200 / picture.info.get("dpi", (DPI, DPI))[0]))
         parts.append(f'<img src="{name}.png" width="{width}" alt="{name}">')
     if (path := folder / f"{name}.md").is_file():
         text = path.read_text().strip()

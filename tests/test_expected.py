@@ -16,12 +16,13 @@ from invertune import chain as chains
 from invertune import data as datasets
 from invertune.evaluation import RECALL_KS
 from invertune.files import REPOSITORY
-from invertune.sections import BACKBONES, EMBEDDED, SWEEPS
+from invertune.sections import BACKBONES, EMBEDDED, SWEEPS, Settings
 from invertune.settings import load_settings, sweep_values
 from invertune.store import artifact_key
 from invertune.weights import load_clip, locked_hash
 
-PUBLISHED = REPOSITORY / "expected" / "mini.csv"
+ONE = {"attacks": {"names": ["badnet"]}, "baselines": {"names": ["ft"]}}
+CASES: dict[str, dict[str, Any]] = {"mini": {}, "scenes224": ONE}
 LAYER = "visual.layer4"
 SWEPT = len(sweep_values(load_settings("mini"), "inversion", "lambda1")[1:])  # as of every weight
 AT_EVERY_K = {str(k): [50.0, 1, 0.0, 100.0] for k in RECALL_KS}
@@ -48,8 +49,8 @@ ABLATIONS = (  # as notebook 07 calls them
 )
 
 
-def published() -> list[dict[str, str]]:
-    with PUBLISHED.open() as file:
+def published(profile: str = "mini") -> list[dict[str, str]]:
+    with (REPOSITORY / "expected" / f"{profile}.csv").open() as file:
         return list(csv.DictReader(file))
 
 
@@ -83,13 +84,13 @@ def results_of(step: str, label: int, classes: int, lr: float) -> dict[str, Any]
 
 
 def named_keys(
-    seeds: list[int], targets: dict[str, str], place: int, store: Path, patch: pytest.MonkeyPatch
+    settings: Settings, targets: dict[str, str], place: int, store: Path, patch: pytest.MonkeyPatch
 ) -> set[str]:
-    """Keys of all rows of all notebooks, by the real steps, with nothing computed.
+    """Keys of all rows of all notebooks (scenes224: of the first five), with nothing computed.
 
     Every baseline is taken to have chosen the rate at ``place`` (0: the largest) of its grid.
     """
-    chain = chains.open_chain(load_settings("mini", {"seeds": seeds}), store)
+    chain, size = chains.open_chain(settings, store), settings.data.image_size_px
     names = datasets.class_names(chain.settings.data)
     clean = {
         b: chains.Model(lambda b=b: load_clip(b, EMBEDDED)[0], str(locked_hash(b)), None)
@@ -102,7 +103,7 @@ def named_keys(
         known = [n for n in names if n != settings.get("lacks")]
         label = settings["target"] if step == "inversion" else known.index(targets.get(key, "ski"))
         rates = sorted(settings.get("lrs", [0]), reverse=True)
-        shape = (SWEPT, 3, 64, 64) if step == "sweep" else (3, 64, 64)
+        shape = (SWEPT, 3, size, size) if step == "sweep" else (3, size, size)
         zeros = defaultdict(lambda: torch.zeros(shape))
         return SimpleNamespace(
             key=key,
@@ -112,42 +113,46 @@ def named_keys(
 
     patch.setattr(chains, "obtain", name_only)
     patch.setattr(ablations.triggers, "required", lambda trigger, _: trigger)
-    for module in (steps, reports, passing_claims):
-        patch.setattr(module, "pretrained", lambda c: clean[c.settings.backbone])
-    makers = (
+    if settings.weights == EMBEDDED:
+        for module in (steps, reports, passing_claims):
+            patch.setattr(module, "pretrained", lambda c: clean[c.settings.backbone])
+    makers = [
         reports.attack_rows,
         reports.identification_rows,
         reports.inversion_rows,
         reports.tuning_rows,
         comparison.comparison_rows,
         comparison.rebound_rows,
-        generalization.generalization_rows,
-        passing_claims.passing_rows,
-        *ABLATIONS,
-    )
+    ]
+    if settings.profile == "mini":
+        makers += [generalization.generalization_rows, passing_claims.passing_rows, *ABLATIONS]
     return {row["key"] for make in makers for row in make(chain)}
 
 
 def stale(
-    rows: list[dict[str, str]], store: Path, patch: pytest.MonkeyPatch
+    profile: str, rows: list[dict[str, str]], store: Path, patch: pytest.MonkeyPatch
 ) -> list[dict[str, str]]:
     """Published rows whose artifacts the code would now make under other keys."""
     seeds = sorted({int(r["seed"]) for r in rows})
-    targets, most = found_targets(rows), len(load_settings("mini").baselines.ft.lrs)
-    found = [named_keys(seeds, targets, i, store / str(i), patch) for i in range(most)]
+    settings = load_settings(profile, CASES[profile] | {"seeds": seeds})
+    targets, most = found_targets(rows), len(settings.baselines.ft.lrs)
+    found = [named_keys(settings, targets, i, store / str(i), patch) for i in range(most)]
     valid = set().union(*found)
     return [r for r in rows if r["key"] not in valid]
 
 
-def test_no_published_row_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = published()
-    assert {r["seed"] for r in rows} == {"7", "8", "9"}
-    assert not stale(rows, tmp_path, monkeypatch)
+@pytest.mark.parametrize(("profile", "seeds"), [("mini", {"7", "8", "9"}), ("scenes224", {"1"})])
+def test_no_published_row_is_stale(
+    profile: str, seeds: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = published(profile)
+    assert {r["seed"] for r in rows} == seeds
+    assert not stale(profile, rows, tmp_path, monkeypatch)
 
 
 def test_rows_of_a_changed_step_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(chains.STEP_VERSIONS, "tuning", -1)
-    found = stale(published(), tmp_path, monkeypatch)
+    found = stale("mini", published(), tmp_path, monkeypatch)
     assert {r["defense"] for r in found} >= {"invertune"}
     before = [r for r in found if r["defense"] == "none"]  # of steps 1 and 2
     assert not [r for r in before if r["metric"] in ("increase", "mask_l1")]

@@ -32,7 +32,12 @@ def test_the_page_names_what_is_not_run_and_the_seeds_of_what_is(tmp_path: Path)
     assert "not run yet" in parts["Figure 5(a)"]
     assert page.count("<img") == 1
     assert '<img src="rebound.png" width="660" alt="rebound">' in page
-    assert "UNTESTED" in page and "no row with" in page
+    untested = page.split("<details>")[1].split("</details>")[0]
+    assert "UNTESTED" in untested and "no row with" in untested
+    assert "no row with" not in page.replace(untested, "")
+    Image.new("L", (512, 4)).save(tmp_path / "figure2.png", dpi=(100, 100))  # as notebooks show it
+    page = gallery.page("mini", results.to_frame(rows), tmp_path)
+    assert '<img src="figure2.png" width="512" alt="figure2">' in page
 
 
 def test_a_run_shows_its_own_seeds(tmp_path: Path) -> None:
