@@ -28,8 +28,8 @@ usage: ./run_all.sh [PROFILE] [--only NN] [--seeds LIST] [--overrides YAML] [--j
 
 Executed notebooks, results.csv and runs.csv go to results/PROFILE, tables and figures to
 figures/PROFILE, artifacts to $INVERTUNE_STORE (default results/store). Files in figures/PROFILE are
-overwritten, including the committed ones of mini (git restore figures/mini brings them back). What
-is finished is not run again; an interrupted run resumes.
+overwritten, including the committed ones of mini and scenes224 (git restore figures brings them
+back). What is finished is not run again; an interrupted run resumes.
 
   INVERTUNE_VENV     an environment to use instead of making one, which needs 8 GB of free disk
   INVERTUNE_PYTHON   the Python to make one with (default: the first of 3.11 or newer)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from invertune import plan
+from invertune.arguments import add_options, add_run_options, mapping_of, overrides_of
 from invertune.sections import OWN_IMAGES
 from invertune.settings import SettingsError, load_settings
 from invertune.terminal import printable, quiet_in_a_log
@@ -60,29 +61,27 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     add("check", _check, "versions, device, memory, disk, data, models, and the next command")
-    plan.add_options(add("data", _data, "describes the data of a profile"))
+    add_options(add("data", _data, "describes the data of a profile"))
     pretrain = add("pretrain", _pretrain, "pretrains a shipped model; goes on where it was killed")
     pretrain.add_argument("backbone")
     pretrain.add_argument("profile", nargs="?", default="mini")
     pretrain.add_argument("--overrides", metavar="YAML", help="nested settings as YAML")
-    fill = add("fill", _fill, "makes what notebooks look for in the store; also under torchrun")
-    plan.add_options(fill)
-    plan.add_run_options(fill)
+    fill = add("fill", _fill, "makes what notebooks need trained or inverted; also under torchrun")
+    add_options(fill)
+    add_run_options(fill)
     purified = add("purify", _purify, "InverTune on a model of your own: report, purified weights")
     purified.add_argument("weights", help="local-dir:FOLDER, file:CHECKPOINT, or an open_clip tag")
-    plan.add_options(purified)
+    add_options(purified)
     purified.add_argument("--out", metavar="FOLDER", required=True, help="new: gets the results")
     purified.add_argument("--images", metavar="FOLDER", help="your own, in a folder for each class")
     purified.add_argument("--rounds", type=int, choices=(1, 2), default=1, help="of steps 2 and 3")
-    plan.add_options(
-        add("page", _page, "writes figures/PROFILE/README.md: claims, figures, tables")
-    )
+    add_options(add("page", _page, "writes figures/PROFILE/README.md: claims, figures, tables"))
     compare = add("compare", _compare, "a run beside the published results of the same seeds")
     compare.add_argument("profile", nargs="?", default="mini")
     add("publish", _publish, "makes a profile's results the expected ones").add_argument("profile")
     planned = add("plan", show_plan, "steps, exposures, minutes and memory of a run")
-    plan.add_options(planned)
-    plan.add_run_options(planned)
+    add_options(planned)
+    add_run_options(planned)
     store = add("store", _store, "lists, shows or verifies stored artifacts")
     store.add_argument("action", choices=("list", "show", "verify"))
     store.add_argument("key", nargs="?", help="the first digits of a key, for show")
@@ -98,7 +97,7 @@ def _check(_: argparse.Namespace) -> int:
 
 
 def _data(options: argparse.Namespace) -> int:
-    settings = load_settings(options.profile, plan.overrides_of(options))
+    settings = load_settings(options.profile, overrides_of(options))
     from invertune import data
 
     print(data.describe(settings))
@@ -106,7 +105,7 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    overrides = plan.mapping_of(options.overrides)
+    overrides = mapping_of(options.overrides)
     load_settings(options.profile, {**overrides, "backbone": options.backbone})
     from invertune import embedded
 
@@ -115,7 +114,7 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 
 def _fill(options: argparse.Namespace) -> int:
-    overrides, together = plan.overrides_of(options), "TORCHELASTIC_RUN_ID" in os.environ
+    overrides, together = overrides_of(options), "TORCHELASTIC_RUN_ID" in os.environ
     settings, only = load_settings(options.profile, overrides), options.only or ""
     if together and options.jobs:
         raise SettingsError("torchrun's processes share every training: leave --jobs out")
@@ -135,7 +134,7 @@ def _fill(options: argparse.Namespace) -> int:
 
 def show_plan(options: argparse.Namespace) -> int:
     """Prints the plan for parsed options; computes and downloads nothing."""
-    settings = load_settings(options.profile, plan.overrides_of(options))
+    settings = load_settings(options.profile, overrides_of(options))
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
     from invertune import jobs
 
@@ -149,7 +148,7 @@ def show_plan(options: argparse.Namespace) -> int:
 
 
 def _purify(options: argparse.Namespace) -> int:
-    overrides = {**plan.overrides_of(options), "weights": options.weights}
+    overrides = {**overrides_of(options), "weights": options.weights}
     load_settings(options.profile, overrides)  # refuses "data" that is no group of settings
     if options.images is not None:
         overrides["data"] = {**overrides.get("data", {}), "source": OWN_IMAGES + options.images}
@@ -163,7 +162,7 @@ def _purify(options: argparse.Namespace) -> int:
 
 
 def _page(options: argparse.Namespace) -> int:
-    settings = load_settings(options.profile, plan.overrides_of(options))
+    settings = load_settings(options.profile, overrides_of(options))
     from invertune import gallery
 
     print(gallery.write(settings))

@@ -19,7 +19,7 @@ from invertune.chain import Chain
 from invertune.figures import AFTER, BEFORE, COLUMN_IN, MARKED, STYLE, attack_look, canvas, panels
 from invertune.results import read_paper
 from invertune.sections import WEIGHTS
-from invertune.settings import suspects, sweep_values
+from invertune.settings import compared, suspects, sweep_values
 
 
 @mpl.rc_context(STYLE)
@@ -30,7 +30,7 @@ def table2_figure(
 
     ``state`` "last": the last state of each inversion instead of the chosen one.
     """
-    several = [w for w in WEIGHTS if len(sweep_values(chain.settings, "inversion", w)) > 1]
+    several = compared(chain.settings, "inversion", WEIGHTS)
     masks = metric == "mask_l1"
     figure, axes = panels(len(several), 0.7, 1.3, sharey=masks)
     titles = {"inverted_asr": "Inverted ASR (%)", "mask_l1": "Mask size (L1)", "ssim": "SSIM"}
@@ -140,6 +140,8 @@ def figure6(chain: Chain, results: pd.DataFrame) -> Figure:
             where = {"attack": attack, "metric": metric, "defense": "invertune"}
             _curve(chart, ours(chain, results, list(places), **where), places, attack)
         figures.mark_own(chart, own)
+        if metric == "ca":
+            chart.set_ylim(0, 100)
         chart.set(title=title, xlabel=r"$\beta$", xticks=sorted({values[0], own, values[-1]}))
     printed = tables.select(read_paper(), paper_item="figure6", metric="asr")
     betas = printed.variant.str.removeprefix("beta=").astype(float)

@@ -47,7 +47,7 @@ def swept(chain: Chain, attack: str, seed: int, weight: str) -> Artifact:
         runs = [replace(base, **{weight: value}) for value in values]
         found = steps.invert(chain, suspect, runs, seed)
         parts = {"mask": [r.mask for r in found], "pattern": [r.pattern for r in found]}
-        tensors = {name: torch.stack(part).cpu() for name, part in parts.items()}
+        tensors = {name: torch.stack(part) for name, part in parts.items()}
         return {"triggers": tensors}, {"runs": [steps.inversion_metrics(r) for r in found]}
 
     keyed = {

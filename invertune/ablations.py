@@ -5,6 +5,7 @@ Rows for the results table first, then the tables of notebook 07. Rates are in p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,14 +18,12 @@ from invertune.chain import Chain
 from invertune.evaluation import RECALL_KS
 from invertune.metrics import Rate
 from invertune.results import variant_text
-from invertune.rows import full_mask, metric_row, own_rows, shared_columns
+from invertune.rows import Rows, mask_size, metric_row, own_rows, shared_columns
 from invertune.sections import NULLS, WEIGHTS
-from invertune.settings import suspects, sweep_values
+from invertune.settings import compared, suspects, sweep_values
 from invertune.store import Artifact
 
 TABLE3 = {"inverted": ("inverted",), "uap": ("universal",), "both": ("inverted", "universal")}
-
-Rows = list[dict[str, str]]
 
 
 def variant(name: str, value: Any) -> str:
@@ -36,8 +35,8 @@ def variant(name: str, value: Any) -> str:
 
 def variants(chain: Chain, section: str, names: Iterable[str]) -> list[str]:
     """The texts of all values of these settings, of those that have more than one."""
-    found = {name: sweep_values(chain.settings, section, name) for name in names}
-    return [variant(name, v) for name, values in found.items() if len(values) > 1 for v in values]
+    several = compared(chain.settings, section, names)
+    return [variant(n, v) for n in several for v in sweep_values(chain.settings, section, n)]
 
 
 def inversion_rows(chain: Chain, attacks: Sequence[str], names: Iterable[str], item: str) -> Rows:
@@ -46,10 +45,8 @@ def inversion_rows(chain: Chain, attacks: Sequence[str], names: Iterable[str], i
     Besides, as extras, the last state of each inversion: what step 2 gives without choosing.
     """
     rows: Rows = []
-    several = [n for n in names if len(sweep_values(chain.settings, "inversion", n)) > 1]
-    for (attack, seed), name in (
-        (c, n) for c in suspects(chain.settings, among=attacks) for n in several
-    ):
+    several = compared(chain.settings, "inversion", names)
+    for (attack, seed), name in itertools.product(suspects(chain.settings, among=attacks), several):
         suspect = steps.poisoned(chain, attack, seed)
         for artifact, values in inversions(chain, attack, seed, name):
             found = found_triggers(chain, artifact)
@@ -59,7 +56,7 @@ def inversion_rows(chain: Chain, attacks: Sequence[str], names: Iterable[str], i
                 base = shared_columns(chain, attack, seed, done.key, task="zeroshot", **about)
                 asr, last = Rate(*done.metrics["asr"][place]["1"]), kept["states"][-1]
                 rows.append(metric_row(base, "inverted_asr", asr, k=1))
-                size = kept["mask_l1_at_equal_asr"] or full_mask(chain)
+                size = mask_size(chain, kept["mask_l1_at_equal_asr"])
                 rows.append(metric_row(base, "mask_l1", size))
                 rows.append(metric_row(base, "ssim", done.metrics["ssim"][place]))
                 base |= {"paper_item": "extra", "key": artifact.key}
@@ -76,10 +73,8 @@ def tuning_rows(chain: Chain, attacks: Sequence[str], names: Iterable[str], item
     and the ASR of the suspected triggers.
     """
     rows: Rows = []
-    several = [n for n in names if len(sweep_values(chain.settings, "tuning", n)) > 1]
-    for (attack, seed), name in (
-        (c, n) for c in suspects(chain.settings, among=attacks) for n in several
-    ):
+    several = compared(chain.settings, "tuning", names)
+    for (attack, seed), name in itertools.product(suspects(chain.settings, among=attacks), several):
         for value in sweep_values(chain.settings, "tuning", name):
             done = steps.tuned(with_value(chain, "tuning", name, value), attack, seed)
             text = variant(name, value)
@@ -135,7 +130,7 @@ def round_rows(chain: Chain, attacks: Sequence[str]) -> Rows:
             text = variant("rounds", number)
             rows += _purified_rows(chain, attack, seed, done, (1,), variant=text)
             base = shared_columns(chain, attack, seed, key, "invertune", task="zeroshot")
-            size = found["mask_l1_at_equal_asr"] or full_mask(chain)
+            size = mask_size(chain, found["mask_l1_at_equal_asr"])
             rows.append(metric_row({**base, "variant": text}, "mask_l1", size))
     return rows
 

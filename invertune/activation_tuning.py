@@ -18,6 +18,7 @@ from invertune.activations import (
     Selection,
     batched_inputs,
     impacts_of,
+    in_batches,
     locate,
     maps_from,
     prefix_to,
@@ -145,7 +146,7 @@ def tuning_objective(
     last = list(neurons)[-1] if settings.bn_mode == "eval" else None
     prefix = prefix_to(suspected, first)
     clean, triggered = (
-        torch.cat(list(batched_inputs(prefix, images, suspected.device)()))
+        torch.cat(list(in_batches(prefix, images, suspected.device)))
         for images in (clean, triggered)
     )
     with torch.no_grad():

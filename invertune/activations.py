@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from open_clip.modified_resnet import ModifiedResNet
@@ -145,23 +146,27 @@ def batched_inputs(
     device: torch.device,
     limit: int = CACHE_BYTES,
 ) -> Callable[[], Iterable[Tensor]]:
-    """Function that gives ``prefix`` of the images' pixels, 256 images at a time, without gradient.
+    """Function that gives what ``in_batches`` does.
 
     Results that take at most ``limit`` bytes in all are computed once and kept on the device;
     larger ones are computed anew at every call.
     """
 
-    @torch.no_grad()
-    def compute() -> Iterator[Tensor]:
-        for part in images.split(BATCH):
-            yield prefix(to_pixels(part, device))
-
     with torch.no_grad():
         one = prefix(to_pixels(images[:1], device))
     if one.nbytes * len(images) > limit:
-        return compute
-    kept = list(compute())
+        return partial(in_batches, prefix, images, device)
+    kept = list(in_batches(prefix, images, device))
     return lambda: kept
+
+
+@torch.no_grad()
+def in_batches(
+    prefix: Callable[[Tensor], Tensor], images: Tensor, device: torch.device
+) -> Iterator[Tensor]:
+    """``prefix`` of the images' pixels, 256 images at a time, without gradient."""
+    for part in images.split(BATCH):
+        yield prefix(to_pixels(part, device))
 
 
 @torch.no_grad()
@@ -170,7 +175,7 @@ def mean_activations(clip: Clip, layers: Collection[str], images: Tensor) -> dic
     clip.net.eval()
     maps_of = maps_from(clip, None)
     sums: dict[str, Tensor] = {}
-    for hidden in batched_inputs(prefix_to(clip, None), images, clip.device, limit=0)():
+    for hidden in in_batches(prefix_to(clip, None), images, clip.device):
         maps = maps_of(hidden)
         for name in layers:
             part = maps[name].double().sum(0)
@@ -211,7 +216,7 @@ def critical_neurons(
     if neuron == "channel":
         difference = difference.mean((1, 2) if difference.ndim == 3 else 0)
     points = difference.flatten().cpu().numpy()[:, None]
-    distinct = len(set(points.flatten().tolist()))
+    distinct = len(difference.unique())
     if distinct == 1:
         return torch.ones_like(difference, dtype=torch.bool)
     from sklearn.cluster import KMeans  # a second that finding everything need not wait for

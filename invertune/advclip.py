@@ -7,13 +7,13 @@ suspected model itself predicts. Layer widths follow the patch, which is smaller
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invertune.models import Clip, image_features, to_pixels
+from invertune.models import image_features, to_pixels
+from invertune.perturbations import View, paste
 from invertune.prefetch import with_rows
 from invertune.sampling import batch_indices
 from invertune.sections import Identification
@@ -77,20 +77,9 @@ def topology_gap(a: Tensor, b: Tensor) -> Tensor:
     return (near + far).mean()
 
 
-def generated_patch(
-    clip: Clip,
-    images: Tensor,
-    clean: Tensor,
-    texts: Tensor,
-    paste: Callable[[Tensor, Tensor], Tensor],
-    settings: Identification,
-    seed: int,
-) -> Tensor:
-    """Trains the generator against the frozen model and returns its patch [3, p, p] in [0, 1].
-
-    ``clean`` [N, D] are the features of ``images`` (uint8 [N, 3, H, W]), ``texts`` [N, D] those of
-    their predicted classes; ``paste(images, patch)`` places a patch.
-    """
+def generated_patch(view: View, settings: Identification, seed: int) -> Tensor:
+    """Trains the generator against the frozen model and returns its patch [3, p, p] in [0, 1]."""
+    clip, clean, texts = view.clip, view.features, view.texts
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         maker, judge = patch_generator().to(clip.device), discriminator().to(clip.device)
@@ -103,8 +92,8 @@ def generated_patch(
         side = (settings.patch_px, settings.patch_px)
         return F.interpolate(maker(noise), side, mode="bilinear", align_corners=False)[0]
 
-    rows_at = functools.partial(batch_indices, len(images), settings.batch, seed)
-    batches = with_rows(images, rows_at, clip.device)
+    rows_at = functools.partial(batch_indices, len(view.images), settings.batch, seed)
+    batches = with_rows(view.images, rows_at, clip.device)
     for step in progress(range(settings.steps), "AdvCLIP generator"):
         pictures, rows = batches(step)
         real = to_pixels(pictures, clip.device)

@@ -48,7 +48,6 @@ class Victim:
 
     clip: Clip
     pairs: Pairs
-    target: int
     target_captions: tuple[str, ...]
     target_images: Tensor
 

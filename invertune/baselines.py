@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from invertune.data import Pairs
 from invertune.losses import cut_off, feature_distance, in_modal_loss, sub_caption_loss
 from invertune.metrics import clean_accuracy
 from invertune.models import Clip, clone, embed_images, frozen_copy, to_pixels, token_features
-from invertune.prefetch import Batch, Prefetcher
+from invertune.prefetch import Batch
 from invertune.sampling import BatchError, pair_indices
 from invertune.sections import Baselines, BaselineTraining, CleanClip, Par
 from invertune.text_augment import augment_captions, known_words, lexicon, sub_captions
@@ -32,8 +33,8 @@ from invertune.training import (
     choose_lr,
     contrastive_loss,
     contrastive_method,
-    fit,
     pair_features,
+    train,
 )
 
 
@@ -82,12 +83,12 @@ def schedule(section: BaselineTraining, lr: float, pairs: int, legacy: bool) -> 
     return Recipe(section.steps, lr, section.warmup_steps, section.weight_decay, offset=offset)
 
 
-def ft(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Method:
+def ft(clip: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Method:
     """Fine-tuning: the contrastive loss alone (CleanCLIP's code without its second term)."""
     return contrastive_method(clip, pairs.images, pairs.captions)
 
 
-def cleanclip(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Method:
+def cleanclip(clip: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Method:
     """FT plus in-modal self-supervision on augmented images and captions (Bansal et al. 2023)."""
     clip.net.train()
     section = settings.cleanclip
@@ -102,9 +103,7 @@ def cleanclip(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, se
     return batch_at, terms
 
 
-def cleanerclip(
-    clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int
-) -> Method:
+def cleanerclip(clip: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Method:
     """CleanCLIP plus sub-captions on a random share of each batch (Xun et al. 2024).
 
     Images whose caption has nothing to replace take no part in the third term.
@@ -137,15 +136,15 @@ def cleanerclip(
     return batch_at, terms
 
 
-def par(clip: Clip, suspected: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Method:
+def par(clip: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Method:
     """Perturb and recover: moves away from the suspected model's features (Singh et al. 2024).
 
     The contrastive loss minus half of the two distances, each until its cut-off. Batch norm is in
     eval mode, as in effect in PAR's code, and the logit scale is not trained. The logged distances
     are those before the cut-off: unless they approach 2, nothing was perturbed.
     """
+    frozen, section = frozen_copy(clip), settings.par
     clip.net.eval().logit_scale.requires_grad_(False)
-    frozen, section = frozen_copy(suspected), settings.par
     tokens = clip.tokenizer(list(pairs.captions))
 
     def batch_at(rows: Tensor, step: int) -> Batch:
@@ -204,7 +203,7 @@ def _cleanclip_terms(
     return {"loss": loss, "contrastive": contrastive, "in_modal": in_modal}, image
 
 
-BASELINES: Mapping[str, Callable[[Clip, Clip, Pairs, Baselines, int], Method]] = {
+BASELINES: Mapping[str, Callable[[Clip, Pairs, Baselines, int], Method]] = {
     "ft": ft,
     "cleanclip": cleanclip,
     "cleanerclip": cleanerclip,
@@ -219,37 +218,24 @@ def trained(
     settings: Baselines,
     lr: float,
     seed: int,
-    checkpoint: Path | None = None,
+    checkpoint: Path | None,
 ) -> Trained:
-    """The loop the four share: fine-tunes a copy of ``suspected``, with ten checkpoints a run.
-
-    On a GPU a thread augments the next batch meanwhile.
-    """
+    """Fine-tunes a copy of ``suspected`` by one of the four methods."""
     section: BaselineTraining = getattr(settings, name)
     count = len(pairs.images)
     if count < section.batch:
         raise BatchError(f"baselines.{name}.batch = {section.batch}, but there are {count} pairs")
     clip = clone(suspected)
-    batch_at, terms = BASELINES[name](clip, suspected, pairs, settings, seed)
-
-    def batch(step: int) -> Batch:
-        return batch_at(pair_indices(count, section.batch, seed, step, pairs.cycled), step)
-
-    batches = Prefetcher(batch, clip.device)
+    method = BASELINES[name](clip, pairs, settings, seed)
+    rows_at = partial(pair_indices, count, section.batch, seed, cycled=pairs.cycled)
+    recipe = schedule(section, lr, count, settings.legacy_schedule)
     try:
-        log = fit(
-            clip.net,
-            lambda step: terms(*batches(step)),
-            schedule(section, lr, count, settings.legacy_schedule),
-            label=f"{name} at lr {lr:g}",
-            checkpoint=checkpoint,
-            save_every=max(1, section.steps // 10),
-        )
+        log = train(clip, method, rows_at, recipe, f"{name} at lr {lr:g}", checkpoint)
     except TrainingError as error:
         kept = checkpoint is not None and checkpoint.exists()
         state = f"the last good state is in {checkpoint}" if kept else "no state was saved yet"
         raise TrainingError(f"{error} in baselines.{name}.lrs; {state}") from None
-    clip.net.requires_grad_(True).eval()
+    clip.net.requires_grad_(True)
     return Trained(clip, log)
 
 

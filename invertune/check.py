@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -17,7 +16,6 @@ from invertune.sections import BACKBONES, EMBEDDED
 from invertune.settings import load_settings
 from invertune.sprites import ARCHIVE
 from invertune.store import default_root, entries
-from invertune.weights import WEIGHTS_LOCK
 
 
 def report() -> tuple[list[str], bool]:
@@ -44,7 +42,7 @@ def _model(backbone: str) -> str:
     """ "found" with the weights' SHA-256, or what is wrong with a shipped model."""
     folder = MODEL_FOLDER / backbone
     path = folder / WEIGHTS
-    if backbone not in json.loads(WEIGHTS_LOCK.read_text()):
+    if weights.locked_hash(backbone) is None:
         return f"not shipped; makes it: python -m invertune pretrain {backbone}"
     if not (folder / CONFIG).is_file() or not path.is_file():
         return f"MISSING: no {path}"

@@ -36,11 +36,11 @@ def import_checkpoint(path: Path, clip: Clip) -> dict[str, Tensor]:
     damaged, of another architecture or activation, holds values that are not finite, or anything
     but tensors.
     """
-    path = Path(path)
     if not path.is_file():
         raise ModelError(f"checkpoint not found: {path} is not a file")
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
-    state = _state_dict(read(path, clip.backbone), path)
+    safe = path.suffix == ".safetensors"
+    read = _read_safetensors(path) if safe else _read_torch(path, clip.backbone)
+    state = _state_dict(read, path)
     scale, own_scale = state.get("logit_scale"), clip.net.logit_scale
     if scale is not None and scale.layout is torch.strided and scale.numel() == 1:
         state["logit_scale"] = scale.reshape(own_scale.shape)  # [] or [1]: both occur
@@ -49,7 +49,7 @@ def import_checkpoint(path: Path, clip: Clip) -> dict[str, Tensor]:
     return {k: _weight(f"{path}: {k}", state[k], own) for k, own in clip.net.state_dict().items()}
 
 
-def _read_safetensors(path: Path, _backbone: str) -> Any:
+def _read_safetensors(path: Path) -> Any:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:

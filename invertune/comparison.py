@@ -20,7 +20,7 @@ from invertune.evaluation import evaluated
 from invertune.figures import COLUMN_IN, STYLE, bars, canvas, legend_above, percent_axis, rate_text
 from invertune.plan import invertune_passes
 from invertune.reports import defense_rows
-from invertune.rows import TASK_KS, mean, metric_row, own_rows, rates, shared_columns
+from invertune.rows import TASK_KS, Rows, mean, metric_row, own_rows, rates, shared_columns
 from invertune.settings import suspects
 from invertune.store import Artifact
 
@@ -30,9 +30,9 @@ def defenses_compared(chain: Chain) -> tuple[str, ...]:
     return (*chain.settings.baselines.names, "invertune")
 
 
-def comparison_rows(chain: Chain) -> list[dict[str, str]]:
+def comparison_rows(chain: Chain) -> Rows:
     """Table 1 and each defense's data: images it may use, and images it was trained on."""
-    rows: list[dict[str, str]] = []
+    rows: Rows = []
     for attack, seed in suspects(chain.settings):
         for defense in defenses_compared(chain):
             rows += defense_rows(chain, defense, attack, seed)
@@ -57,9 +57,9 @@ def data_use(chain: Chain, defense: str, attack: str, seed: int) -> tuple[int, i
     return chain.settings.baselines.pairs, seen
 
 
-def rebound_rows(chain: Chain) -> list[dict[str, str]]:
+def rebound_rows(chain: Chain) -> Rows:
     """CA and ASR after benign fine-tuning of every defended model."""
-    rows: list[dict[str, str]] = []
+    rows: Rows = []
     for attack, seed in suspects(chain.settings, among=chain.settings.rebound.attacks):
         suspect = steps.poisoned(chain, attack, seed)
         for defense in defenses_compared(chain):
@@ -94,8 +94,9 @@ def starred(chain: Chain, rows: pd.DataFrame) -> dict[str, str]:
 
 
 def summary_table(chain: Chain, results: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
-    """Per defense: mean ASR and CA loss over the attacks, the paper's mean ASR, and the costs."""
+    """Per defense: mean ASR and CA loss over the attacks, the paper's mean over them, the costs."""
     lines, results = [], own_rows(chain, results)
+    paper = paper[paper.attack.isin(chain.settings.attacks.names)]
     for defense in defenses_compared(chain):
         line: dict[str, Any] = {"defense": tables.label("defense", defense)}
         for task, k in TASK_KS:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from invertune import steps
 from invertune.chain import Chain
@@ -69,6 +70,10 @@ def loss_curves(
                 if name in kept:
                     chart.plot(kept[name], points[kept[name]], color=look["color"], **ring)
         chart.set_title(title)
+        if column == "mask_l1":
+            chart.set_yscale("log", subs=[])
+            chart.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            chart.yaxis.set_major_formatter("{x:,.0f}")
     if kept:
         axes[0, 0].plot([], [], color="black", linestyle="", label="kept state", **ring)
     figure.supxlabel("Step", fontsize=STYLE["axes.labelsize"])

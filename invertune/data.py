@@ -243,7 +243,7 @@ def _scenes(
     artifact = obtain(
         store,
         "scenes",
-        1,
+        SCENES_VERSION,
         {"part": part, "count": count},
         [],
         manifest(data),

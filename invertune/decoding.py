@@ -39,7 +39,8 @@ UNREADABLE = (
     struct.error,
     Image.DecompressionBombError,
 )
-MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # not named by Python before 3.13
+# Without it a writable map larger than memory and swap may be refused (Python 3.13 names it)
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def rebounded(chain: Chain, defense: str, attack: str, seed: int) -> Artifact:
             seed,
             work,
             "rebound",
-            pairs.cycled,
+            cycled=pairs.cycled,
         )
         return {"weights": model.clip.net.state_dict()}, {"lr": lr, "log": log}
 

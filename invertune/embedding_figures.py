@@ -27,7 +27,7 @@ from invertune.figures import AFTER, COLUMN_IN, MARKED, PLAIN, STYLE
 from invertune.metrics import Rate
 from invertune.models import embed_images, to_pixels
 from invertune.perturbations import perturb
-from invertune.rows import metric_row, shared_columns
+from invertune.rows import Rows, metric_row, shared_columns
 from invertune.settings import suspects
 from invertune.tables import label
 from invertune.target_identification import strongest
@@ -122,7 +122,7 @@ def centroid_cosines(view: View) -> dict[str, float]:
     return {f"{a}_{b}": float(units[a] @ units[b]) for a, b in pairs}
 
 
-def embedding_rows(chain: Chain) -> list[dict[str, str]]:
+def embedding_rows(chain: Chain) -> Rows:
     """Notebook 02: the numbers behind Figures 2-4 on both encoders, for every attack and seed."""
     rows = []
     for attack, seed in suspects(chain.settings):
@@ -133,7 +133,7 @@ def embedding_rows(chain: Chain) -> list[dict[str, str]]:
     return rows
 
 
-def _view_rows(view: View, encoder: str, base: dict[str, Any]) -> list[dict[str, str]]:
+def _view_rows(view: View, encoder: str, base: dict[str, Any]) -> Rows:
     rows = []
 
     def add(figure: int, metric: str, value: Rate | float, k: str = "", **part: object) -> None:
@@ -153,12 +153,12 @@ def _view_rows(view: View, encoder: str, base: dict[str, Any]) -> list[dict[str,
 
 
 @mpl.rc_context(STYLE)
-def figure2(views: Mapping[str, View], seed: int = 0) -> Figure:
+def figure2(views: Mapping[str, View]) -> Figure:
     """Figure 2: t-SNE of the image features, with numbers measured on the features themselves."""
     figure, axes = figures.canvas(1, 2, COLUMN_IN, 2.75)
     for chart, (encoder, view) in zip(axes[0], views.items(), strict=True):
         points = torch.cat([view.images[kind] for kind in LOOKS]).double().numpy()
-        tsne = TSNE(perplexity=min(30, len(points) // 4), method="exact", random_state=seed)
+        tsne = TSNE(perplexity=min(30, len(points) // 4), method="exact", random_state=0)
         places, kinds = tsne.fit_transform(points), [[k] * len(view.images[k]) for k in LOOKS]
         for kind, look in LOOKS.items():
             chart.scatter(*places[np.concatenate(kinds) == kind].T, linewidth=0.6, **look)
@@ -176,7 +176,7 @@ def figure3(views: Mapping[str, View]) -> Figure:
     """Figure 3: per image, how its similarity to the target's and to its own text changes."""
     figure, axes = figures.canvas(1, 2, COLUMN_IN, 2.1, sharey=True)
     look: dict[str, Any] = {"inner": "quart", "cut": 0, "palette": [MARKED, PLAIN]}
-    look |= {"x": "kind", "y": "change", "hue": "text", "linewidth": 0.6}
+    look |= {"x": "kind", "y": "change", "hue": "text", "linewidth": 0.6, "density_norm": "width"}
     for chart, (encoder, view) in zip(axes[0], views.items(), strict=True):
         before = view.similarities("clean")
         parts = [

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from invertune import data as datasets
 from invertune import figures, image_figures, steps, tables, triggers
-from invertune.chain import Chain, Model, class_head
+from invertune.chain import Chain, Model, class_head, pool
 from invertune.image_figures import Example
 from invertune.models import embed_images, to_pixels
 from invertune.reports import inverted_energy, largest_increases
@@ -83,28 +83,24 @@ def ranking_table(chain: Chain) -> pd.DataFrame:
     size and the percentage of images that the largest increase leaves.
     """
     names, lines = datasets.class_names(chain.settings.data), []
-    for attack in (*NULLS, *chain.settings.attacks.names):
-        for seed in chain.settings.seeds:
-            found = steps.identified(chain, attack, seed).metrics
-            gains = largest_increases(chain, attack, seed)
-            chosen = [names[i] for i in found["ranking"]]
-            sizes = [math.inf if s is None else s for s in found["scores"]]
-            weighted = [weighted_mask(s, gains[c]) for s, c in zip(sizes, chosen, strict=True)]
-            lines.append(
-                {
-                    "attack": tables.label("attack", attack),
-                    "seed": seed,
-                    "candidates": ", ".join(chosen),
-                    "mask L1 at equal ASR": _whole(sizes),
-                    "largest increase": ", ".join(f"{gains[c]:+.1f}" for c in chosen),
-                    "evidence (mask L1 x % that resist)": _whole(weighted),
-                    "found": "(null)"
-                    if attack in NULLS
-                    else "yes"
-                    if chosen[0] == chain.settings.target
-                    else "NO",
-                }
-            )
+    for attack, seed in suspects(chain.settings, nulls=True):
+        found = steps.identified(chain, attack, seed).metrics
+        gains = largest_increases(chain, attack, seed)
+        chosen = [names[i] for i in found["ranking"]]
+        sizes = [math.inf if s is None else s for s in found["scores"]]
+        weighted = [weighted_mask(s, gains[c]) for s, c in zip(sizes, chosen, strict=True)]
+        right = "yes" if chosen[0] == chain.settings.target else "NO"
+        lines.append(
+            {
+                "attack": tables.label("attack", attack),
+                "seed": seed,
+                "candidates": ", ".join(chosen),
+                "mask L1 at equal ASR": _whole(sizes),
+                "largest increase": ", ".join(f"{gains[c]:+.1f}" for c in chosen),
+                "evidence (mask L1 x % that resist)": _whole(weighted),
+                "found": "(null)" if attack in NULLS else right,
+            }
+        )
     return pd.DataFrame(lines)
 
 
@@ -112,7 +108,7 @@ def _whole(values: Sequence[float]) -> str:
     return ", ".join("never" if value == math.inf else f"{value:.0f}" for value in values)
 
 
-def increase_table(chain: Chain, attack: str, count: int = 20) -> pd.DataFrame:
+def increase_table(chain: Chain, attack: str) -> pd.DataFrame:
     """Tables 6-11 for one attack (first seed): the classes that gain most, under the perturbation
     that drives one class most.
     """
@@ -127,7 +123,7 @@ def increase_table(chain: Chain, attack: str, count: int = 20) -> pd.DataFrame:
             "adversarial": after,
             "increase (points)": points,
         }
-        for name, before, after, points in ranked_increases(found[kind], names, count)
+        for name, before, after, points in ranked_increases(found[kind], names)
     ]
     return pd.DataFrame(lines)
 
@@ -196,9 +192,8 @@ def trigger_example(
 
 def example_images(chain: Chain, part: str = "evaluation") -> Tensor:
     """Labeled images of ``part`` that are not of the target class, uint8 [N, 3, H, W]."""
-    data = chain.settings.data
-    pool = datasets.labeled_images(data, part, getattr(data, f"{part}_images"), chain.store)
-    return pool.images[pool.labels != chain.target]
+    shown = pool(chain, part)
+    return shown.images[shown.labels != chain.target]
 
 
 def as_picture(image: Tensor) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from invertune.files import write_atomic
-from invertune.results import ATTACKS
+from invertune.results import natural_order
 from invertune.tables import label
 
 COLUMN_IN, PAGE_IN = 3.3, 6.9  # widths of one and of two columns of the paper, in inches
@@ -49,7 +50,6 @@ DEFENSE_COLORS = {
     "par": "#CC6677",
     "invertune": "#332288",
 }
-OTHER_COLOR = "#ECE133"  # an attack or defense added later
 MARKED, PLAIN, BEFORE, AFTER = "#D55E00", "#949494", "#BBBBBB", "#332288"
 WHISKERS = "min to max over seeds"
 OWN = "this profile's value"
@@ -124,13 +124,12 @@ def panels(
 
 def in_order(*groups: Mapping[str, Any]) -> list[str]:
     """The attacks named in any of ``groups``, in the one order of this artifact."""
-    names = {name for group in groups for name in group}
-    return sorted(names, key=lambda n: (ATTACKS.index(n) if n in ATTACKS else len(ATTACKS), n))
+    return sorted({n for group in groups for n in group}, key=partial(natural_order, "attack"))
 
 
 def attack_look(name: str) -> dict[str, Any]:
     """Color, marker and label of an attack's line."""
-    color, marker = ATTACK_COLORS.get(name, OTHER_COLOR), ATTACK_MARKERS.get(name, "*")
+    color, marker = ATTACK_COLORS[name], ATTACK_MARKERS[name]
     return {"color": color, "marker": marker, "markersize": 3, "label": label("attack", name)}
 
 
@@ -223,9 +222,7 @@ def percent_axis(axes: Axes, title: str) -> None:
 
 def legend_above(figure: Figure, axes: Axes) -> None:
     """One legend over the whole figure, so that it never covers a bar."""
-    shown = legend(axes)
-    columns = 2 if figure.get_figwidth() <= COLUMN_IN else max(1, len(shown["labels"]))
-    figure.legend(**shown, loc="outside upper center", ncols=columns)
+    figure.legend(**legend(axes), loc="outside upper center", ncols=2)
 
 
 def legend(axes: Axes) -> dict[str, list[Any]]:
@@ -269,8 +266,8 @@ def figure5b(original: Values, inverted: Values) -> Figure:
 def attack_gate(
     asr: Values,
     ca_loss: Values,
-    asr_gate: float = 80.0,
-    ca_gate: float = 2.0,
+    asr_gate: float,
+    ca_gate: float,
     failed: Mapping[str, str] | None = None,
 ) -> Figure:
     """ASR and CA loss of the undefended models with the gate: at least, and at most.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -18,8 +19,8 @@ from PIL import Image
 from invertune import claims, tables
 from invertune.figures import DPI
 from invertune.files import REPOSITORY
-from invertune.results import read_paper, read_results
-from invertune.sections import Settings
+from invertune.results import natural_order, read_paper, read_results
+from invertune.sections import NULLS, Settings
 
 ITEMS = REPOSITORY / "expected" / "items.yml"
 PAPER_NUMBERS = "paper_numbers.csv"
@@ -43,8 +44,10 @@ def page(profile: str, results: pd.DataFrame, folder: Path) -> str:
     parts = [
         f"# Profile {profile}: claims, figures and tables",
         "This page shows what [the notebooks](../../notebooks) produced with "
-        f"[these settings](../../params/{profile}.yml). Entries for several seeds are means; "
-        f"whiskers range from the lowest seed to the highest. {beside}",
+        f"[these settings](../../params/{profile}.yml) on {named_seeds(filter(None, results.seed))}"
+        f" (attacks: {_named(results, 'attack')}; defenses: {_named(results, 'defense')}). Entries "
+        "for several seeds are means; whiskers range from the lowest seed to the highest. "
+        f"{beside}",
         "## Claims",
         *(
             _claims(results)
@@ -129,8 +132,8 @@ def _shown(name: str, folder: Path, reading: Mapping[str, str], about: str = "")
     links = " · ".join(f"[{suffix.upper()}]({name}.{suffix})" for suffix in there)
     parts = [" · ".join(filter(None, (about, links))), f"*What to look for:* {reading[name]}"]
     if chart.is_file():
-        picture = Image.open(chart)  # at most 200 pixels an inch: sharp on fine screens
-        width = round(picture.width * min(1, 200 / picture.info.get("dpi", (DPI, DPI))[0]))
+        with Image.open(chart) as picture:  # at most 200 pixels an inch: sharp on fine screens
+            width = round(picture.width * min(1, 200 / picture.info.get("dpi", (DPI, DPI))[0]))
         parts.append(f'<img src="{name}.png" width="{width}" alt="{name}">')
     if (path := folder / f"{name}.md").is_file():
         text = path.read_text().strip()
@@ -142,6 +145,12 @@ def _shown(name: str, folder: Path, reading: Mapping[str, str], about: str = "")
 def _name(item: str) -> str:
     """The paper's name of figure5a: Figure 5(a)."""
     return re.sub(r"(\D+)(\d+)(.?)", r"\1 \2(\3)", item).removesuffix("()").capitalize()
+
+
+def _named(results: pd.DataFrame, column: str) -> str:
+    """The attacks or the defenses that the results have, in words."""
+    found = sorted({*results[column]} - {*NULLS}, key=partial(natural_order, column))
+    return ", ".join(tables.label(column, name) for name in found)
 
 
 def _seeds(rows: pd.DataFrame) -> set[str]:

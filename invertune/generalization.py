@@ -28,13 +28,12 @@ from invertune.figures import (
     percent_axis,
 )
 from invertune.results import to_frame
-from invertune.rows import metric_row, shared_columns
+from invertune.rows import Rows, metric_row, shared_columns
 from invertune.sections import EMBEDDED
 from invertune.settings import other_models, suspects
 from invertune.weights import for_any_backbone, locked_hash
 
 NOT_SHIPPED = "weights not shipped"
-Rows = list[dict[str, str]]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from invertune.figures import (
+    COLUMN_IN,
     PAGE_IN,
     STYLE,
     Values,
@@ -68,7 +69,8 @@ def figure7(original: Mapping[str, Example], inverted: Mapping[str, Example]) ->
         ("Inverted trigger", "Trigger alone", inverted),
     )
     shown = [half for half in halves if half[2]]
-    figure, axes = canvas(2 * len(shown), len(names), PAGE_IN, 2.3 * len(shown) + 0.2)
+    width = PAGE_IN if len(names) > 2 else COLUMN_IN
+    figure, axes = canvas(2 * len(shown), len(names), width, 2.3 * len(shown) + 0.2)
     for half, (title, below, examples) in enumerate(shown):
         for column, name in enumerate(names):
             upper, lower = axes[2 * half : 2 * half + 2, column]

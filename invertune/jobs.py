@@ -1,7 +1,7 @@
 """What fills the store for a notebook, as calls that can run several at once.
 
-The notebook then finds everything. The small networks of smoke and mini do not keep two threads
-busy: two processes of one thread each get through more of them (benchmarks/README.md).
+What is left to the notebook are evaluations. The small networks of smoke and mini do not keep two
+threads busy: two processes of one thread each get through more of them (benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from invertune import ablations, defenses, generalization, passing_claims, plan,
 from invertune.chain import open_chain
 from invertune.decoding import cores
 from invertune.sections import NULLS, SWEEPS, Settings
-from invertune.settings import other_models, suspects, sweep_values
+from invertune.settings import compared, other_models, suspects
 from invertune.store import MissingError
 from invertune.terminal import progress
 
@@ -36,7 +36,7 @@ class JobError(RuntimeError):
 
 
 def calls(settings: Settings) -> dict[str, list[Call]]:
-    """Per notebook what makes all that it looks for in the store, if called in this order.
+    """Per notebook what it needs trained, inverted or tuned, in the order to be called.
 
     Calls that need one artifact stand far apart, so that few wait for each other.
     """
@@ -94,8 +94,9 @@ def _ablations(settings: Settings) -> list[Call]:
         *(
             (ablations.SWEEP_ROWS[sweep.step], ((attack,), (name,), sweep.item))
             for sweep in SWEEPS.values()
-            for name, attack in itertools.product(sweep.names, getattr(section, sweep.attacks))
-            if len(sweep_values(settings, sweep.step, name)) > 1
+            for name, attack in itertools.product(
+                compared(settings, sweep.step, sweep.names), getattr(section, sweep.attacks)
+            )
         ),
     ]
 
@@ -114,7 +115,7 @@ def default_count(settings: Settings) -> int:
 
 
 def fill(settings: Settings, notebook: str, count: int) -> None:
-    """Makes what ``notebook`` will look for in the store, in ``count`` processes.
+    """Does the ``calls`` of ``notebook``, in ``count`` processes.
 
     They share the threads that one would have, and end with this process, however it ends; where
     the store has everything, none is started.

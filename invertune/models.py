@@ -165,14 +165,12 @@ def assemble(
     net = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
     net.logit_bias = None  # SigLIP's moves all logits alike: nothing here depends on it
     usual = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    given = {key: preprocess.get(key, values) for key, values in usual.items()}
     mean, std = (
-        torch.tensor(preprocess.get(key, values), dtype=torch.float32, device=device).view(
-            1, 3, 1, 1
-        )
-        for key, values in usual.items()
+        torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+        for values in given.values()
     )
     if not (mean.isfinite() & std.isfinite() & (std > 0)).all():
-        given = {key: preprocess.get(key, values) for key, values in usual.items()}
         raise ModelError(f"{given}: mean and std must be finite, and std above 0")
     net = net.eval().to(device, memory_format=torch.channels_last)
     size = int(config["vision_cfg"].get("image_size", 224))
@@ -222,14 +220,14 @@ def frozen_copy(clip: Clip) -> Clip:
     Every batch norm is multiplied into the convolution defined right before it. Features stay the
     same but for rounding, and a pass saves reading and writing a map per layer, both ways.
     """
-    copy = clone(clip)
-    copy.net.eval().requires_grad_(False)
-    for parent in list(copy.net.modules()):
+    frozen = clone(clip)
+    frozen.net.eval().requires_grad_(False)
+    for parent in list(frozen.net.modules()):
         for (name, layer), (after, norm) in itertools.pairwise(list(parent.named_children())):
             if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(parent, name, fuse_conv_bn_eval(layer, norm))
                 setattr(parent, after, nn.Identity().eval())
-    return copy
+    return frozen
 
 
 def normalize(clip: Clip, images: Tensor) -> Tensor:
@@ -294,9 +292,9 @@ def zero_shot_head(clip: Clip, names: Sequence[str], templates: Sequence[str]) -
 
 
 @torch.no_grad()
-def embed_texts(clip: Clip, texts: Sequence[str], batch: int = 512) -> Tensor:
-    """Unit features [N, D] of many texts, in batches."""
-    chunks = [text_features(clip, texts[i : i + batch]) for i in range(0, len(texts), batch)]
+def embed_texts(clip: Clip, texts: Sequence[str]) -> Tensor:
+    """Unit features [N, D] of many texts, 512 at a time."""
+    chunks = [text_features(clip, texts[i : i + 512]) for i in range(0, len(texts), 512)]
     return torch.cat(chunks)
 
 

@@ -20,9 +20,10 @@ from invertune import data as datasets
 from invertune import defenses, steps, tables
 from invertune.chain import Chain, Defender, class_head, pretrained
 from invertune.evaluation import evaluated
-from invertune.generalization import Rows, one_attack
+from invertune.generalization import one_attack
 from invertune.reports import candidate_rows, defense_rows
-from invertune.rows import TASK_KS, mean, metric_row, rates, shared_columns
+from invertune.results import to_frame
+from invertune.rows import TASK_KS, Rows, mean, metric_row, rates, shared_columns
 from invertune.sections import PICTOGRAMS
 from invertune.settings import suspects
 
@@ -167,9 +168,8 @@ def variant_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
 
 def uniformity_table(chain: Chain) -> pd.DataFrame:
     """Per model: entropy (1: uniform) of clean and of adversarial predictions, largest share."""
-    frame = pd.DataFrame(uniformity_rows(chain))
+    frame = to_frame(uniformity_rows(chain))
     frame = frame[frame.variant != ""]
-    frame["value"] = frame["value"].astype(float)
     lines = []
     for attack in dict.fromkeys(frame.attack):
         rows = frame[frame.attack == attack]
@@ -189,7 +189,7 @@ def uniformity_table(chain: Chain) -> pd.DataFrame:
 
 
 def selection_table(chain: Chain) -> pd.DataFrame:
-    """Per attack and seed: the critical layers, and their overlap with those of BadCLIP (D.3)."""
+    """Per attack and seed: critical layers, and their overlap with those of 06's attack (D.3)."""
     return pd.DataFrame(
         {
             "attack": tables.label("attack", row["attack"]),

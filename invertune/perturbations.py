@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from invertune import triggers
-from invertune.advclip import generated_patch
 from invertune.models import Clip, image_features, to_pixels
 from invertune.prefetch import with_rows
 from invertune.sampling import batch_indices, generator
@@ -125,15 +124,3 @@ def fourier_wave(view: View, settings: Identification, seed: int) -> Tensor:
 
     found = min(progress(waves, "Fourier waves"), key=cosine)
     return found.expand(3, size, size).contiguous()
-
-
-MAKERS: Mapping[str, Callable[[View, Identification, int], Tensor]] = {
-    "patch_feature": lambda view, own, seed: universal_patch(view, view.features, own, seed),
-    "patch_prediction": lambda view, own, seed: universal_patch(view, view.texts, own, seed),
-    "ball_feature": lambda view, own, seed: universal_ball(view, view.features, own, seed),
-    "ball_prediction": lambda view, own, seed: universal_ball(view, view.texts, own, seed),
-    "generator": lambda view, own, seed: generated_patch(
-        view.clip, view.images, view.features, view.texts, paste, own, seed
-    ),
-    "fourier": fourier_wave,
-}

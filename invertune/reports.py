@@ -15,7 +15,7 @@ from invertune.chain import Chain, class_list, pretrained
 from invertune.evaluation import evaluated
 from invertune.files import REPOSITORY
 from invertune.results import write_rows, write_runs
-from invertune.rows import TASK_KS, full_mask, metric_row, rates, shared_columns
+from invertune.rows import TASK_KS, Rows, mask_size, metric_row, rates, shared_columns
 from invertune.sections import NULLS
 from invertune.settings import suspects
 from invertune.store import Artifact
@@ -55,7 +55,7 @@ def _run(artifact: Artifact) -> dict[str, Any]:
     return {**artifact.meta, "key": artifact.key, "versions": versions}
 
 
-def attack_rows(chain: Chain) -> list[dict[str, str]]:
+def attack_rows(chain: Chain) -> Rows:
     """Notebook 01: CA and ASR of every undefended model, its floors and the clean model's null."""
     rows = [r for case in suspects(chain.settings) for r in undefended_rows(chain, *case)]
     for attack, seed in itertools.product(NULLS, chain.settings.seeds):
@@ -66,7 +66,7 @@ def attack_rows(chain: Chain) -> list[dict[str, str]]:
     return rows
 
 
-def undefended_rows(chain: Chain, attack: str, seed: int) -> list[dict[str, str]]:
+def undefended_rows(chain: Chain, attack: str, seed: int) -> Rows:
     """CA and ASR of one poisoned model, its floors, and its CA loss to the clean model."""
     clean, model = pretrained(chain), steps.poisoned(chain, attack, seed)
     done = evaluated(chain, model, model.trigger, model.key, seed)
@@ -83,7 +83,7 @@ def undefended_rows(chain: Chain, attack: str, seed: int) -> list[dict[str, str]
     return rows
 
 
-def _table1(artifact: Artifact, base: dict[str, Any], item: str = "table1") -> list[dict[str, str]]:
+def _table1(artifact: Artifact, base: dict[str, Any], item: str = "table1") -> Rows:
     """CA and ASR rows of both tasks; other k and the all-images ASR are extras."""
     rows = []
     for name, rate in rates(artifact).items():
@@ -97,12 +97,12 @@ def _table1(artifact: Artifact, base: dict[str, Any], item: str = "table1") -> l
     return rows
 
 
-def identification_rows(chain: Chain) -> list[dict[str, str]]:
+def identification_rows(chain: Chain) -> Rows:
     """Notebook 02: rank of the true target among the candidates and by its increase alone, and the
     twenty largest increases of every kind.
     """
     names = datasets.class_names(chain.settings.data)
-    rows: list[dict[str, str]] = []
+    rows: Rows = []
     for attack, seed in suspects(chain.settings, nulls=True):
         done = steps.identified(chain, attack, seed)
         base = shared_columns(chain, attack, seed, done.key, task="zeroshot")
@@ -116,22 +116,21 @@ def identification_rows(chain: Chain) -> list[dict[str, str]]:
     return rows
 
 
-def candidate_rows(chain: Chain, done: Artifact, base: dict[str, Any]) -> list[dict[str, str]]:
+def candidate_rows(chain: Chain, done: Artifact, base: dict[str, Any]) -> Rows:
     """The true target's rank (the last, where it is no candidate), and every candidate's mask."""
     ranking, names = done.metrics["ranking"], class_list(chain)
     known = names.index(chain.settings.target) if chain.settings.target in names else None
     rank = ranking.index(known) + 1 if known in ranking else len(names)
     rows = [metric_row(base, "target_rank", rank)]
     for place, (label, score) in enumerate(zip(ranking, done.metrics["scores"], strict=True)):
-        size = full_mask(chain) if score is None else score
         variant = {"candidate": place + 1, "class": names[label]}
-        rows.append(metric_row(base, "mask_l1", size, variant=variant))
+        rows.append(metric_row(base, "mask_l1", mask_size(chain, score), variant=variant))
     return rows
 
 
 def _increase_rows(
     found: dict[str, Increase], names: Sequence[str], table: str | None, base: dict[str, Any]
-) -> list[dict[str, str]]:
+) -> Rows:
     """Tables 6-11 from the perturbation that drives a class most; the other kinds as extras."""
     most, rows = strongest(found), []
     for kind, increase in found.items():
@@ -154,9 +153,9 @@ def largest_increases(chain: Chain, attack: str, seed: int) -> dict[str, float]:
     return dict(zip(datasets.class_names(chain.settings.data), points.tolist(), strict=True))
 
 
-def inversion_rows(chain: Chain) -> list[dict[str, str]]:
+def inversion_rows(chain: Chain) -> Rows:
     """Notebook 03: inverted ASR on the evaluation set, mask size and place, beside the nulls."""
-    rows: list[dict[str, str]] = []
+    rows: Rows = []
     sizes: dict[tuple[str, int], float | None] = {}
     for attack, seed in suspects(chain.settings, nulls=True):
         model, found = steps.poisoned(chain, attack, seed), steps.inverted(chain, attack, seed)
@@ -166,10 +165,10 @@ def inversion_rows(chain: Chain) -> list[dict[str, str]]:
         figure = {**base, "paper_item": "figure5", "k": 1}
         rows.append(metric_row(figure, "inverted_asr", fake))
         sizes[attack, seed] = size = found.metrics["mask_l1_at_equal_asr"]  # None: never reached
-        rows.append(metric_row(base, "mask_l1", size or full_mask(chain)))
+        rows.append(metric_row(base, "mask_l1", mask_size(chain, size)))
         if attack != "none" and (null := sizes["none", seed]):
             right = found.metrics["target"] == chain.target  # a wrong target's mask proves nothing
-            mask = size if size and right else full_mask(chain)
+            mask = mask_size(chain, size if right else None)
             rows.append(metric_row(base, "mask_l1_ratio", mask / null))
         if model.trigger is not None:
             real = rates(evaluated(chain, model, model.trigger, model.key, seed))
@@ -195,7 +194,7 @@ def inverted_energy(chain: Chain, attack: str, suspect: str, seed: int) -> float
     return None if place is None else triggers.energy_share(found.tensors["mask"], place)
 
 
-def defense_rows(chain: Chain, defense: str, attack: str, seed: int) -> list[dict[str, str]]:
+def defense_rows(chain: Chain, defense: str, attack: str, seed: int) -> Rows:
     """CA, ASR (Table 1) and CA loss of one defended model, under the true trigger."""
     suspect = steps.poisoned(chain, attack, seed)
     model = defenses.defended(chain, defense, attack, seed)
@@ -210,9 +209,9 @@ def defense_rows(chain: Chain, defense: str, attack: str, seed: int) -> list[dic
     return rows
 
 
-def tuning_rows(chain: Chain) -> list[dict[str, str]]:
+def tuning_rows(chain: Chain) -> Rows:
     """Notebook 04: layer impacts, and CA and ASR of the purified models (Tables 12 and 1)."""
-    rows: list[dict[str, str]] = []
+    rows: Rows = []
     for attack, seed in suspects(chain.settings):
         rows += defense_rows(chain, "invertune", attack, seed)
         rows += _universal_rows(chain, attack, seed)
@@ -220,7 +219,7 @@ def tuning_rows(chain: Chain) -> list[dict[str, str]]:
     return rows
 
 
-def _universal_rows(chain: Chain, attack: str, seed: int) -> list[dict[str, str]]:
+def _universal_rows(chain: Chain, attack: str, seed: int) -> Rows:
     """ASR of step 1's strongest perturbation before and after tuning: a defender can see it."""
     (trigger, *_), source = steps.universal_triggers(chain, attack, seed)
     rows = []
@@ -232,7 +231,7 @@ def _universal_rows(chain: Chain, attack: str, seed: int) -> list[dict[str, str]
     return rows
 
 
-def layer_rows(chain: Chain, attack: str, seed: int) -> list[dict[str, str]]:
+def layer_rows(chain: Chain, attack: str, seed: int) -> Rows:
     """Tables 12-15 (BadCLIP; other attacks: extras): layer impacts, their statistics, selection.
 
     All of the inverted trigger alone; as extras, the neurons that step 3 tuned in its layers.

@@ -33,10 +33,12 @@ def compare(profile: str, root: Path = REPOSITORY) -> tuple[str, bool]:
         )
     verdicts = _verdicts(both, both.assign(value=both.value_published))
     other = verdicts[verdicts.run != verdicts.published]
-    said = f"{len(verdicts) - len(other)} of {len(verdicts)} claims have the published verdict."
+    judged = f"{len(verdicts) - len(other)} of {len(verdicts)} claims have the published verdict."
+    if verdicts.empty:
+        judged = "No claim has all its rows in both, so only numbers are compared."
     parts = [
         f"# Profile {profile}: this run beside the published results, seeds {', '.join(seeds)}",
-        "Both have all rows of no claim; only numbers are compared." if verdicts.empty else said,
+        judged,
         *([tables.frame_markdown(other).strip()] if len(other) else []),
         f"{int((both.value == both.value_published).sum()):,} of {len(both):,} numbers are equal "
         "to six decimals.",

@@ -57,7 +57,7 @@ METRICS = {
     "layer_mean": "ratio",
     "layer_std": "ratio",
     "layer_selected": "flag",  # 1: critical layer (above the threshold)
-    "layer_overlap": "ratio",  # selected layers shared with BadCLIP's, over those of either
+    "layer_overlap": "ratio",  # selected layers shared with 06's attack, over those of either
     "critical_neurons": "neurons",
     "images_available": "images",  # clean images a defense may use
     "images_seen": "passes",  # images it was trained on, each as often as shown, at all rates tried
@@ -68,7 +68,7 @@ ORDERS = {"attack": ATTACKS, "defense": DEFENSES, "task": TASKS, "metric": tuple
 _NUMBER = r"-?\d+(\.\d{1,6})?"
 # The columns: what the text of each must look like, and the same in words
 RULES = {
-    "profile": ("smoke|mini|scenes224|paper", "smoke, mini, scenes224 or paper"),
+    "profile": ("[a-z0-9_]+", "a profile's name: a-z, 0-9 and _"),
     "paper_item": ("table([1-9]|1[0-5])|figure[1-7]|extra", "table1..15, figure1..7 or extra"),
     "backbone": ("|".join(("", *BACKBONES)), f"{', '.join(BACKBONES)} or empty"),
     "attack": ("[a-z0-9_]*", "a lower-case name such as badnet"),

@@ -14,6 +14,7 @@ from invertune.metrics import Rate
 from invertune.results import row
 from invertune.store import Artifact
 
+Rows = list[dict[str, str]]  # as ``results.row`` makes them
 TASK_KS = (("zeroshot", "1"), ("retrieval", "10"))  # with the k of Table 1
 
 
@@ -53,6 +54,11 @@ def metric_row(
 def rates(artifact: Artifact) -> dict[str, Rate]:
     """The measured rates of an evaluation artifact, e.g. "zeroshot.asr.1"."""
     return {name: Rate(*value) for name, value in artifact.metrics.items()}
+
+
+def mask_size(chain: Chain, size: float | None) -> float:
+    """A mask's L1 at equal ASR as the results have it; None: that ASR was never reached."""
+    return full_mask(chain) if size is None else size
 
 
 def full_mask(chain: Chain) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,11 @@ def sweep_values(settings: Settings, section: str, name: str) -> tuple[Any, ...]
     """The values of one setting that the ablations compare: the profile's own, then the others."""
     listed = getattr(getattr(settings.ablations, section), name)
     return tuple(dict.fromkeys((getattr(getattr(settings, section), name), *listed)))
+
+
+def compared(settings: Settings, section: str, names: Iterable[str]) -> list[str]:
+    """Those of some settings that the ablations compare with any other value."""
+    return [name for name in names if len(sweep_values(settings, section, name)) > 1]
 
 
 def changed(settings: Settings, section: str, name: str, value: Any) -> Settings:

@@ -49,12 +49,12 @@ def attacked(chain: Chain, attack: str, seed: int) -> Artifact:
             settings.data, target, attacks.target_captions, chain.store
         )
         images = datasets.target_images(settings.data, pairs, target, chain.store)
-        victim = Victim(clean.clip, pairs, target, captions, images)
+        victim = Victim(clean.clip, pairs, captions, images)
         result = ATTACKS[attack](victim, attacks, seed, work)
         tensors = {"weights": result.clip.net.state_dict()}
         log: dict[str, Any] = {"log": result.log}
         if result.trigger is not None:
-            tensors["trigger"] = triggers.trigger_tensors(result.trigger)
+            tensors["trigger"] = dict(result.trigger.tensors)
             log["trigger"] = triggers.trigger_metadata(result.trigger)
         return tensors, log
 
@@ -111,8 +111,7 @@ def identified(chain: Chain, attack: str, seed: int) -> Artifact:
             "asrs": found.asrs,
             "scores": [_finite(s) for s in found.scores],
         }
-        tensors = {k: v.cpu().contiguous() for k, v in found.perturbations.items()}
-        return {"perturbations": tensors}, {**evidence, "increases": increases}
+        return {"perturbations": found.perturbations}, {**evidence, "increases": increases}
 
     keyed = {
         **settings.identification.model_dump(mode="json"),
@@ -155,7 +154,7 @@ def inverted(chain: Chain, attack: str, seed: int, target: int | None = None) ->
 
     def compute(_: Path) -> Made:
         result = invert(chain, suspect, [Run.of(target, settings.inversion)], seed)[0]
-        tensors = {"mask": result.mask.cpu(), "pattern": result.pattern.cpu()}
+        tensors = {"mask": result.mask, "pattern": result.pattern}
         return {"trigger": tensors}, inversion_metrics(result)
 
     keyed = {
@@ -191,10 +190,8 @@ def inversion_metrics(result: InvertedTrigger) -> dict[str, Any]:
     """What is kept of one inversion besides its trigger."""
     return {
         "target": result.run.target,
-        "inverted_asr": result.inverted_asr,
-        "mask_l1": result.mask_l1,
+        **asdict(result.kept),
         "mask_l1_at_equal_asr": _finite(result.mask_l1_at_equal_asr),
-        "step": result.step,
         "states": [asdict(s) for s in result.states],
         "log": list(result.log),
     }

@@ -206,7 +206,7 @@ def _ordered(names: pd.Series) -> list[str]:
 def write_table(frame: pd.DataFrame, folder: Path, name: str, decimals: int = 2) -> pd.DataFrame:
     """Writes ``frame`` (without its index) as NAME.csv, NAME.md and NAME.tex; returns it.
 
-    Numbers that are not whole get ``decimals`` decimals; a missing number is empty in CSV and a
+    Numbers of a column of floats get ``decimals`` decimals; a missing number is empty in CSV and a
     dash elsewhere; an infinite mask never reached its ASR. The same frame gives the same bytes.
     """
     header = [str(column) for column in frame.columns]

@@ -15,11 +15,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from invertune.advclip import generated_patch
 from invertune.metrics import predicted_counts
 from invertune.models import Clip, embed_images, frozen_copy
-from invertune.perturbations import MAKERS, View, perturb
+from invertune.perturbations import View, fourier_wave, perturb, universal_ball, universal_patch
 from invertune.sections import Identification, Inversion
 from invertune.trigger_inversion import InvertedTrigger, Run, invert_triggers
+
+MAKERS: Mapping[str, Callable[[View, Identification, int], Tensor]] = {
+    "patch_feature": lambda view, own, seed: universal_patch(view, view.features, own, seed),
+    "patch_prediction": lambda view, own, seed: universal_patch(view, view.texts, own, seed),
+    "ball_feature": lambda view, own, seed: universal_ball(view, view.features, own, seed),
+    "ball_prediction": lambda view, own, seed: universal_ball(view, view.texts, own, seed),
+    "generator": generated_patch,
+    "fourier": fourier_wave,
+}
 
 
 @dataclass(frozen=True)
@@ -73,16 +83,16 @@ def identify(
         perturbations[kind] = MAKERS[kind](view, settings, seed)
         perturbed = partial(perturb, kind, perturbations[kind])
         increases[kind] = measure(suspect, images, predicted, head, perturbed)
-    chosen = candidates(increases, settings.candidates)
+    gains = largest_increases(increases)
+    chosen = gains.topk(settings.candidates).indices.tolist()
     check = inversion.model_copy(update={"steps": settings.check_steps, "lr": settings.check_lr})
     runs = [Run.of(target, check) for target in chosen]
     tried = invert_triggers(clip, images, heldout, head, runs, check, seed)
-    gains = largest_increases(increases)
     order = sorted(range(len(chosen)), key=lambda i: evidence(tried[i], gains[chosen[i]].item()))
     return Identified(
         tuple(chosen[i] for i in order),
         tuple(tried[i].mask_l1_at_equal_asr for i in order),
-        tuple(tried[i].inverted_asr for i in order),
+        tuple(tried[i].kept.inverted_asr for i in order),
         increases,
         perturbations,
     )
@@ -95,7 +105,7 @@ def evidence(trigger: InvertedTrigger, increase: float) -> tuple[float, float]:
     (where that ASR was never reached) the highest ASR. The mask alone would favor natural sinks
     over triggers that cover the image: a faint wave needs a larger mask than a patch.
     """
-    return weighted_mask(trigger.mask_l1_at_equal_asr, increase), -trigger.inverted_asr
+    return weighted_mask(trigger.mask_l1_at_equal_asr, increase), -trigger.kept.inverted_asr
 
 
 def weighted_mask(mask_l1: float, increase: float) -> float:
@@ -111,11 +121,6 @@ def strongest(increases: Mapping[str, Increase]) -> str:
 def largest_increases(increases: Mapping[str, Increase]) -> Tensor:
     """Each class's largest increase [C] over the kinds of perturbation, in points."""
     return torch.stack([i.points for i in increases.values()]).amax(0)
-
-
-def candidates(increases: Mapping[str, Increase], count: int) -> list[int]:
-    """The ``count`` classes of the largest increase over all kinds, largest first."""
-    return largest_increases(increases).topk(count).indices.tolist()
 
 
 def measure(

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -224,19 +225,35 @@ def finetune(
     seed: int,
     work: Path,
     label: str = "fine-tuning",
-    cycled: bool = True,
+    *,
+    cycled: bool,
 ) -> Log:
     """Contrastive fine-tuning of both towers of ``clip`` in place; resumes in folder ``work``.
 
     Pairs as in ``contrastive_method``, ``cycled`` as in ``pair_indices``. Returns the log.
     """
-    batch_at, terms = contrastive_method(clip, images, captions)
-    batches = Prefetcher(
-        lambda step: batch_at(pair_indices(len(images), batch, seed, step, cycled), step),
-        clip.device,
+    method = contrastive_method(clip, images, captions)
+    rows_at = partial(pair_indices, len(images), batch, seed, cycled=cycled)
+    return train(clip, method, rows_at, recipe, label, work / "finetuning.safetensors")
+
+
+def train(
+    clip: Clip,
+    method: Method,
+    rows_at: Callable[[int], Tensor],
+    recipe: Recipe,
+    label: str,
+    checkpoint: Path | None,
+) -> Log:
+    """Trains ``clip`` in place by a ``method`` on the rows of each step; ends in eval mode.
+
+    On a GPU a thread prepares the next batch meanwhile. ``checkpoint`` as in ``fit``.
+    """
+    batch_at, terms = method
+    batches = Prefetcher(lambda step: batch_at(rows_at(step), step), clip.device)
+    log = fit(
+        clip.net, lambda step: terms(*batches(step)), recipe, label=label, checkpoint=checkpoint
     )
-    path = work / "finetuning.safetensors"
-    log = fit(clip.net, lambda step: terms(*batches(step)), recipe, label=label, checkpoint=path)
     clip.net.eval()
     return log
 

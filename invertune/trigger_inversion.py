@@ -61,8 +61,8 @@ class State:
 class InvertedTrigger:
     """The best state of one run.
 
-    ``mask`` and ``pattern`` are float32 [3, H, W] in [0, 1]; ``step`` counts updates. Of the
-    measured ``states`` whose ASR is at least the settings' floor it has the smallest mask L1, the
+    ``mask`` and ``pattern`` are float32 [3, H, W] in [0, 1]. Of the measured ``states`` whose ASR
+    is at least the settings' floor the ``kept`` one has the smallest mask L1, the
     ``mask_l1_at_equal_asr``; where there is none (then that is infinite), the highest ASR. ``log``
     has a row per 5 steps, as in ``TERMS``.
     """
@@ -70,9 +70,7 @@ class InvertedTrigger:
     run: Run
     mask: Tensor
     pattern: Tensor
-    inverted_asr: float
-    mask_l1: float
-    step: int
+    kept: State
     mask_l1_at_equal_asr: float
     states: tuple[State, ...]
     log: tuple[dict[str, float], ...]
@@ -291,9 +289,7 @@ def _result(
         run,
         mask,
         pattern,
-        best.inverted_asr,
-        best.mask_l1,
-        best.step,
+        best,
         best.mask_l1 if reached else math.inf,
         tuple(state for state, _, _ in kept),
         tuple(log),

@@ -209,18 +209,13 @@ def _check_pixels(name: str, tensor: Tensor) -> tuple[int, int]:
     return tensor.shape[1], tensor.shape[2]
 
 
-def trigger_tensors(trigger: Trigger) -> dict[str, Tensor]:
-    """The tensors to save: float32, contiguous, on the CPU, without gradients."""
-    return {k: v.detach().float().cpu().contiguous() for k, v in trigger.tensors.items()}
-
-
 def trigger_metadata(trigger: Trigger) -> dict[str, Any]:
-    """The rest of the trigger as plain JSON values."""
+    """What a trigger has besides its ``tensors``, as plain JSON values."""
     return {"kind": trigger.kind, "size": trigger.size, "scalars": dict(trigger.scalars)}
 
 
 def trigger_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Trigger:
-    """The trigger saved as ``trigger_tensors`` and ``trigger_metadata`` (``ValueError``)."""
+    """The trigger of saved ``tensors`` and ``trigger_metadata`` (``ValueError``)."""
     if metadata.get("kind") not in KINDS:
         raise ValueError(f"unknown trigger kind {metadata.get('kind')!r}; one of {list(KINDS)}")
     return Trigger(metadata["kind"], metadata["size"], dict(tensors), dict(metadata["scalars"]))

@@ -30,7 +30,7 @@ def victim() -> Victim:
     scenes = [caption_scene("poisoning", i, 64, 0, sprites) for i in range(40)]
     shown = [labeled_scene("inversion", target + 210 * i, 64, 0, sprites, False) for i in range(4)]
     pairs = Pairs(_images(scenes), tuple(s.captions[0] for s in scenes), torch.full((40, 2), -1))
-    return Victim(clip, pairs, target, ("a mushroom", "the mushroom"), _images(shown))
+    return Victim(clip, pairs, ("a mushroom", "the mushroom"), _images(shown))
 
 
 def _images(scenes: list[Scene]) -> torch.Tensor:

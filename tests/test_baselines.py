@@ -251,7 +251,7 @@ def test_a_thread_prepares_the_same_batches(name: str, monkeypatch: pytest.Monke
     case, few = planted(), quick(steps=4)
     whole = trained(name, case.clip, case.pairs, few, 0.001, 1, None)
     threaded = functools.partial(Prefetcher, threaded=True)
-    monkeypatch.setattr("invertune.baselines.Prefetcher", threaded)
+    monkeypatch.setattr("invertune.training.Prefetcher", threaded)
     again = trained(name, case.clip, case.pairs, few, 0.001, 1, None)
     assert again.log == whole.log
     for key, tensor in whole.clip.net.state_dict().items():
@@ -262,7 +262,7 @@ def test_a_process_augments_its_own_share_as_one_process_would(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case, rows = planted(), torch.arange(20).flip(0)
-    batch_at, _ = cleanclip(clone(case.clip), case.clip, case.pairs, quick(), 0)
+    batch_at, _ = cleanclip(clone(case.clip), case.pairs, quick(), 0)
     whole, parts = [t.chunk(2) for t in batch_at(rows, 3)], []
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "share", lambda batch, rank=rank: batch.chunk(2)[rank])
@@ -272,7 +272,8 @@ def test_a_process_augments_its_own_share_as_one_process_would(
             assert torch.equal(torch.cat([part[item][view] for part in parts]), expected)
 
 
-def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("invertune.training.SAVED_APART", 2)
     case, path = planted(), tmp_path / "run.safetensors"
     whole = trained("cleanerclip", case.clip, case.pairs, quick(steps=4), 0.001, 0, path)
     again = trained("cleanerclip", case.clip, case.pairs, quick(steps=4), 0.001, 0, path)

@@ -40,7 +40,7 @@ def examples(first: int) -> dict[str, image_figures.Example]:
 DRAW = {
     "figure5a": lambda: figures.figure5a(INCREASES, "mushroom"),
     "figure5b": lambda: figures.figure5b(ASR, {**LOW, "none": [20.0]}),
-    "attack_gate": lambda: figures.attack_gate(ASR, LOSS, failed={"badnet": "failed in seed 7"}),
+    "attack_gate": lambda: figures.attack_gate(ASR, LOSS, 80, 2, {"badnet": "failed in seed 7"}),
     "before_after": lambda: figures.before_after((CA, CA), (ASR, LOW)),
     "layer_impact": lambda: figures.layer_impact(IMPACTS, 1.5, ["visual.layer4"]),
     "loss_curves": lambda: curve_figures.loss_curves(
@@ -143,7 +143,7 @@ def test_only_zero_is_shown_as_zero(value, text):
 
 
 def test_gate_lines_stand_at_the_gate():
-    asr, loss = figures.attack_gate(ASR, LOSS).axes
+    asr, loss = figures.attack_gate(ASR, LOSS, 80, 2).axes
     assert asr.lines[-1].get_xdata()[0] == 80 and loss.lines[-1].get_xdata()[0] == 2
     assert [text.get_text() for text in loss.texts] == ["<0.1", "2.0", "1.1"]
     assert DRAW["attack_gate"]().get_supxlabel() == "BadNet failed in seed 7"

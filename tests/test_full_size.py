@@ -66,7 +66,7 @@ class Case:
     def victim(self) -> Victim:
         captions = tuple(f"a photo of a {NAMES[i]}" for i in range(IMAGES))
         pairs = Pairs(self.images, captions, torch.full((IMAGES, 2), -1), cycled=False)
-        return Victim(self.clip, pairs, self.target, ("a mushroom",), self.images[:1])
+        return Victim(self.clip, pairs, ("a mushroom",), self.images[:1])
 
 
 def alive(clip: Clip, images: Tensor) -> Clip:

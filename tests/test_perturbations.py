@@ -7,9 +7,10 @@ import torch
 
 from invertune import prefetch
 from invertune.models import embed_images
-from invertune.perturbations import MAKERS, View
+from invertune.perturbations import View
 from invertune.sections import EMBEDDED
 from invertune.settings import load_settings
+from invertune.target_identification import MAKERS
 from invertune.weights import load_clip
 
 

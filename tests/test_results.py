@@ -83,7 +83,7 @@ def test_a_value_must_be_finite(value):
         ({"paper_item": "table16"}, "paper_item is 'table16'"),
         ({"paper_item": "figure5a"}, "paper_item is 'figure5a'"),
         ({"backbone": "ViT-B/16"}, "backbone is 'ViT-B/16'; it must be RN50"),
-        ({"profile": "test"}, "profile is 'test'; it must be smoke, mini, scenes224 or paper"),
+        ({"profile": "Mini"}, "profile is 'Mini'; it must be a profile's name"),
         ({"task": "imagenet"}, "task is 'imagenet'"),
         ({"k": 2}, "k is '2'; it must be 1, 3, 5, 10 or empty"),
         ({"variant": "lambda4"}, "variant is 'lambda4'; it must be name=value"),

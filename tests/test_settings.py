@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from invertune.plan import mapping_of
+from invertune.arguments import mapping_of
 from invertune.results import DEVELOPMENT_SEED
 from invertune.sections import Settings
 from invertune.settings import PARAMS, SettingsError, as_yaml, load_settings

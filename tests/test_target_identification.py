@@ -8,17 +8,19 @@ import torch
 
 from invertune.advclip import nce_loss, topology_gap
 from invertune.models import embed_images, zero_shot_head
-from invertune.perturbations import MAKERS, View, paste, perturb
+from invertune.perturbations import View, paste, perturb
 from invertune.sections import EMBEDDED, Identification
 from invertune.settings import load_settings
 from invertune.target_identification import (
+    MAKERS,
     Increase,
-    candidates,
     evidence,
     identify,
+    largest_increases,
     measure,
     ranked_increases,
 )
+from invertune.trigger_inversion import State
 from invertune.weights import load_clip
 
 CLASSES = ("dog", "cat", "car", "mushroom", "bus")
@@ -39,22 +41,23 @@ def test_candidates_take_the_largest_increase_over_all_kinds() -> None:
         "patch": _increase([10, 10, 10, 10], [30, 4, 3, 3]),
         "ball": _increase([10, 10, 10, 10], [2, 3, 35, 0]),
     }
-    assert candidates(found, 2) == [2, 0]
+    assert largest_increases(found).topk(2).indices.tolist() == [2, 0]
 
 
 def test_the_smallest_mask_at_equal_asr_ranks_first_and_then_the_highest_asr() -> None:
     tried = {
-        "small": SimpleNamespace(mask_l1_at_equal_asr=90.0, inverted_asr=76.0),
-        "large": SimpleNamespace(mask_l1_at_equal_asr=800.0, inverted_asr=99.0),
-        "never, close": SimpleNamespace(mask_l1_at_equal_asr=math.inf, inverted_asr=70.0),
-        "never, far": SimpleNamespace(mask_l1_at_equal_asr=math.inf, inverted_asr=5.0),
+        "small": SimpleNamespace(mask_l1_at_equal_asr=90.0, kept=State(1, 76.0, 90.0)),
+        "large": SimpleNamespace(mask_l1_at_equal_asr=800.0, kept=State(1, 99.0, 800.0)),
+        "never, close": SimpleNamespace(mask_l1_at_equal_asr=math.inf, kept=State(1, 70.0, 9.0)),
+        "never, far": SimpleNamespace(mask_l1_at_equal_asr=math.inf, kept=State(1, 5.0, 9.0)),
     }
     assert sorted(tried, key=lambda name: evidence(tried[name], 50)) == list(tried)
 
 
 def test_a_perturbation_that_hardly_any_image_resists_outweighs_a_smaller_mask() -> None:
     sink, wave = (
-        SimpleNamespace(mask_l1_at_equal_asr=size, inverted_asr=99.0) for size in (330.0, 630.0)
+        SimpleNamespace(mask_l1_at_equal_asr=size, kept=State(1, 99.0, size))
+        for size in (330.0, 630.0)
     )
     assert evidence(wave, 92) < evidence(sink, 50) < evidence(wave, 50)
 

@@ -204,7 +204,7 @@ def test_a_shared_mask_is_one_for_all_channels_and_counts_three_times(vit: Clip)
     own = invert(vit, options(steps=3))[0]
     assert torch.equal(found.mask, found.mask[:1].expand(3, -1, -1))
     assert not torch.equal(own.mask, own.mask[:1].expand(3, -1, -1))
-    assert found.mask_l1 == pytest.approx(3 * found.mask[0].sum().item(), rel=1e-5)
+    assert found.kept.mask_l1 == pytest.approx(3 * found.mask[0].sum().item(), rel=1e-5)
     first, _ = initial_trigger(vit, options(), 0)
     assert found.log[0]["mask"] == pytest.approx(3 * first[0].sum().item(), rel=1e-5)
 
@@ -223,7 +223,8 @@ def test_runs_together_equal_each_alone(clip: Clip) -> None:
     for run, one in zip(runs, together, strict=True):
         alone = invert_triggers(*data, [run], settings, 0)[0]
         assert one.run == run
-        assert one.step == alone.step and one.inverted_asr == alone.inverted_asr
+        assert one.kept.step == alone.kept.step
+        assert one.kept.inverted_asr == alone.kept.inverted_asr
         assert [r["loss"] for r in one.log] == pytest.approx([r["loss"] for r in alone.log])
         # Adam moves an element by lr whatever its gradient, so rounding flips a few of them.
         assert (one.mask - alone.mask).abs().gt(1e-4).float().mean() < 0.01
@@ -280,15 +281,15 @@ def test_the_state_kept_is_the_smallest_mask_at_the_floor_or_else_the_highest_as
 ) -> None:
     settings = options(steps=6, measure_every_steps=1, asr_floor_percent=floor, lr=0.3)
     trigger = invert(vit, settings, 2)[0]
-    kept = trigger.states[trigger.step - 1]
-    assert (kept.inverted_asr, kept.mask_l1) == (trigger.inverted_asr, trigger.mask_l1)
-    assert trigger.mask.sum().item() == pytest.approx(trigger.mask_l1)
+    kept = trigger.kept
+    assert kept == trigger.states[kept.step - 1]
+    assert trigger.mask.sum().item() == pytest.approx(kept.mask_l1)
     reached = [s.mask_l1 for s in trigger.states if s.inverted_asr >= floor]
     assert trigger.mask_l1_at_equal_asr == min(reached, default=math.inf)
     if reached:
-        assert trigger.mask_l1 == min(reached)
+        assert kept.mask_l1 == min(reached)
     else:
-        assert trigger.inverted_asr == max(s.inverted_asr for s in trigger.states)
+        assert kept.inverted_asr == max(s.inverted_asr for s in trigger.states)
 
 
 def test_a_loss_that_is_not_finite_is_reported_with_its_step(vit: Clip) -> None:
@@ -360,7 +361,7 @@ def test_a_planted_trigger_is_found_where_it_is() -> None:
         )
         < 20
     )
-    assert trigger.inverted_asr >= 75
+    assert trigger.kept.inverted_asr >= 75
     inside = trigger.mask[:, 12:, 12:]
     assert inside.sum() > 0.9 * trigger.mask.sum()
     seen = inside > 0.1

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from invertune import plan
 from invertune.__main__ import explain, show_plan
+from invertune.arguments import add_options, add_run_options, overrides_of
 from invertune.files import REPOSITORY, hold, open_lock, write_atomic
 from invertune.sections import EMBEDDED, PICTOGRAMS, PRETRAINED, Settings
 from invertune.settings import SettingsError, load_settings
@@ -41,15 +41,15 @@ def main(arguments: list[str] | None = None, root: Path = REPOSITORY) -> int:
     ``root`` is the folder that holds notebooks/ and gets results/ and figures/.
     """
     parser = argparse.ArgumentParser(prog="./run_all.sh", usage="see ./run_all.sh --help")
-    plan.add_options(parser)
-    plan.add_run_options(parser)
+    add_options(parser)
+    add_run_options(parser)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(arguments)
     try:
         notebooks = _chosen(root / "notebooks", options.only)
         if options.dry_run:
             return show_plan(options)
-        overrides = plan.overrides_of(options)
+        overrides = overrides_of(options)
         settings = load_settings(options.profile, overrides)
         with _only_run(root / "results" / settings.profile):
             run_all(notebooks, settings, overrides, root, options.jobs)

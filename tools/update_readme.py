@@ -142,9 +142,9 @@ def updated(readme: str, paper: pd.DataFrame, published: pd.DataFrame) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    wanted = pages()
+    options, wanted = parser.parse_args(), pages()
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text() != text]
-    if parser.parse_args().check:
+    if options.check:
         names = ", ".join(str(path.relative_to(REPOSITORY)) for path in stale)
         sys.exit(f"stale: {names}; run python -m tools.update_readme" if stale else 0)
     for path, text in wanted.items():
