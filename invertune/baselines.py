@@ -143,7 +143,7 @@ def par(clip: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Method:
     eval mode, as in effect in PAR's code, and the logit scale is not trained. The logged distances
     are those before the cut-off: unless they approach 2, nothing was perturbed.
     """
-    frozen, section = frozen_copy(clip), settings.par
+    frozen, section = frozen_copy(clip), settings.par  # not yet trained: the suspected model
     clip.net.eval().logit_scale.requires_grad_(False)
     tokens = clip.tokenizer(list(pairs.captions))
 
