@@ -61,7 +61,7 @@ def test_the_summary_names_what_each_defense_costs(chain: Chain, rows: pd.DataFr
     made = (steps.identified, steps.inverted, steps.tuned)
     seconds = sum(step(chain, "blended", 0).meta["seconds"] for step in made)
     assert table.loc["InverTune", "seconds"] == pytest.approx(seconds)
-    assert table.loc["InverTune", "Zero-shot ASR (paper)"] == pytest.approx(0.34, abs=0.005)
+    assert table.loc["InverTune", "Zero-shot ASR (paper)"] == 0.14  # on Blended, as here
     assert (table["peak MB"] > 100).all() and table.notna().all().all()
 
 
