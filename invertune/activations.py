@@ -151,7 +151,6 @@ def batched_inputs(
     Results that take at most ``limit`` bytes in all are computed once and kept on the device;
     larger ones are computed anew at every call.
     """
-
     with torch.no_grad():
         one = prefix(to_pixels(images[:1], device))
     if one.nbytes * len(images) > limit:

@@ -187,8 +187,9 @@ def report(settings: Settings, held: Sequence[str], jobs: int, only: str | None 
 def _measured(settings: Settings) -> dict[str, Any]:
     """The rates measured on the profile, else at its image size; empty where there are none."""
     measured: list[dict[str, Any]] = json.loads(RATES.read_text())
-    same = [r for r in measured if r["image_size_px"] == settings.data.image_size_px]
-    return next((r for r in same if r.get("profile", settings.profile) == settings.profile), {})
+    size, name = settings.data.image_size_px, settings.profile
+    fitting = [r for r in measured if r["image_size_px"] == size and r.get("profile", name) == name]
+    return max(fitting, key=lambda r: "profile" in r, default={})
 
 
 def minutes_of(chosen: Sequence[Work], settings: Settings) -> list[float]:

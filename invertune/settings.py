@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from invertune.files import REPOSITORY
-from invertune.sections import NULLS, Settings
+from invertune.sections import EMBEDDED, NULLS, PICTOGRAMS, PRETRAINED, Settings
 
 PARAMS = REPOSITORY / "params"
 
@@ -78,6 +79,12 @@ def other_models(settings: Settings) -> list[tuple[str, str, str]]:
     section = settings.generalization
     targets = [("table4", "target", name) for name in section.targets]
     return [*targets, *(("table5", "backbone", name) for name in section.backbones)]
+
+
+def stay_offline(settings: Settings) -> None:
+    """Forbids downloads to this process and its children where none can be needed."""
+    if settings.data.source == PICTOGRAMS and settings.weights in (EMBEDDED, PRETRAINED):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 
 def sweep_values(settings: Settings, section: str, name: str) -> tuple[Any, ...]:

@@ -12,14 +12,15 @@ import pytest
 
 from invertune.claims import load_claims
 from invertune.plan import RATES, planned
+from invertune.results import PUBLISHED
 from invertune.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def changed_figures(root: Path) -> str:
-    """What git says of mini's files that are not the committed ones; "" where git cannot say."""
-    command = ["git", "status", "--porcelain", "figures/mini"]
+    """What git says of published files that are not the committed ones; "" where git cannot say."""
+    command = ["git", "status", "--porcelain", *(f"figures/{name}" for name in PUBLISHED)]
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     except FileNotFoundError:
@@ -29,7 +30,7 @@ def changed_figures(root: Path) -> str:
 
 def test_the_results_table_is_fresh() -> None:
     if changed_figures(ROOT):
-        pytest.skip("figures/mini holds another run's files: git restore figures/mini")
+        pytest.skip("figures holds another run's files: git restore figures")
     command = [sys.executable, "-m", "tools.update_readme", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -96,6 +96,17 @@ def test_second_time_is_found_bit_identical_without_a_word(tmp_path, capsys):
     assert torch.equal(tensors["w"], torch.full((3, 2), 1.5)) and tensors["n"].item() == 7
 
 
+def test_an_optimized_tensor_is_stored_without_its_gradient(tmp_path):
+    tensor = torch.rand(3, 4, requires_grad=True)
+
+    def compute(_: Path):
+        return {"trigger": {"patch": tensor}}, {}
+
+    entry = obtain(tmp_path, "attack", 1, {}, [], "data", compute, 0)
+    stored = entry.tensors("trigger")["patch"]
+    assert torch.equal(stored, tensor) and not stored.requires_grad
+
+
 def test_seeds_have_keys_of_their_own(tmp_path):
     keys = {made(tmp_path, seed)[0].key for seed in (0, 1, 2)}
     assert keys == {a.key for a in entries(tmp_path)} and len(keys) == 3

@@ -20,8 +20,8 @@ from typing import Any
 from invertune.__main__ import explain, show_plan
 from invertune.arguments import add_options, add_run_options, overrides_of
 from invertune.files import REPOSITORY, hold, open_lock, write_atomic
-from invertune.sections import EMBEDDED, PICTOGRAMS, PRETRAINED, Settings
-from invertune.settings import SettingsError, load_settings
+from invertune.sections import Settings
+from invertune.settings import SettingsError, load_settings, stay_offline
 from invertune.terminal import quiet_in_a_log
 
 FAILED, WRONG, BUSY = 1, 2, 3
@@ -101,8 +101,7 @@ def run_all(
 
     What it looks for in the store is made before, by as many processes as ``jobs`` says.
     """
-    if settings.data.source == PICTOGRAMS and settings.weights in (EMBEDDED, PRETRAINED):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read when a kernel imports huggingface_hub
+    stay_offline(settings)
     quiet_in_a_log()
     store = Path(os.environ.get("INVERTUNE_STORE") or root / "results" / "store")
     for notebook in notebooks:
