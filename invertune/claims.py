@@ -16,6 +16,7 @@ import yaml
 
 from invertune.files import REPOSITORY
 from invertune.results import IDENTITY, cell_text, natural_order
+from invertune.tables import label
 
 CLAIMS = REPOSITORY / "expected" / "claims.yml"
 RELATIONS = ("lowest", "at_most", "at_least", "rank_at_most")
@@ -267,7 +268,8 @@ def _decisive(claim: Claim, rows: pd.DataFrame) -> tuple[str, float]:
         true = sum(margin >= 0 for *_, margin in cells)
         return f"{true} of {len(cells)}", cells[claim.in_at_least - 1][2]
     name, text, margin = cells[-1]
-    return (f"{text} ({', '.join(name)})" if len(cells) > 1 else text), margin
+    cell = ", ".join(map(label, claim.each, name))
+    return (f"{text} ({cell})" if len(cells) > 1 else text), margin
 
 
 def _cell(claim: Claim, rows: pd.DataFrame) -> tuple[str, float]:
@@ -286,5 +288,5 @@ def _cell(claim: Claim, rows: pd.DataFrame) -> tuple[str, float]:
         )
     rival, value = others.index[rank - 1], float(means[subject])
     margin = (others.iloc[rank - 1] - value) * (1 if claim.best == "lowest" else -1)
-    text = f"{value:.4g} against {others.iloc[rank - 1]:.4g} of {rival}"
+    text = f"{value:.4g} against {others.iloc[rank - 1]:.4g} of {label(column, rival)}"
     return text, round(float(margin), DECIMALS)

@@ -107,7 +107,7 @@ def _claims(results: pd.DataFrame) -> list[str]:
     judged = claims.judge(claims.load_claims(), results)
     shown = claims.shown(judged).rename(columns={"values": "seed: what decides"})
     frame = shown[["verdict", *(c for c in shown if c not in ("verdict", "margin", "spread"))]]
-    untested = frame.verdict == "UNTESTED"
+    untested, group = frame.verdict == "UNTESTED", frame.id.str.split(".").str[0]
     parts = [
         f"{claims_counted(judged)}. A claim HOLDS if it is true in every seed and, where there are "
         "several, by more than the seeds differ. It FAILS if it is true in no seed, is UNDECIDED "
@@ -115,8 +115,9 @@ def _claims(results: pd.DataFrame) -> list[str]:
         "number of each seed that decides the claim, with the cell or competitor it came from, or "
         "the number of cases in which it is true."
     ]
-    if not untested.all():
-        parts.append(tables.frame_markdown(frame[~untested]).strip())
+    for name, part in frame[~untested].groupby(group, sort=False):
+        about = f"### {_name(str(name))}: {counted(part.verdict)}"
+        parts += [about, tables.frame_markdown(part).strip()]
     if untested.any():
         parts.append(f"<details><summary>{untested.sum()} UNTESTED</summary>")
         parts += [tables.frame_markdown(frame[untested]).strip(), "</details>"]

@@ -143,7 +143,7 @@ def test_each_needs_every_attack_and_names_the_decisive_value():
     raw = BARE | {"each": ["attack"], "at_least": 80}
     numbers = table({(1, "badnet", "invertune"): 95.0, (1, "sig", "invertune"): 79.0})
     line = judged(raw, numbers)
-    assert line["verdict"] == "FAILS" and line["values"] == "1: 79 (sig)"
+    assert line["verdict"] == "FAILS" and line["values"] == "1: 79 (SIG)"
     line = judged(raw | {"in_at_least": 1}, numbers)
     assert line["verdict"] == "HOLDS" and line["note"] == "one seed: the spread is unknown"
     assert line["values"] == "1: 1 of 2" and line["margin"] == 15
@@ -169,7 +169,7 @@ def test_lowest_is_rank_one():
     raw = ranked(["ft", "invertune"], lowest={"defense": "invertune"})
     numbers = {(1, "badnet", "ft"): 20.0, (1, "badnet", "invertune"): 1.0}
     line = judged(raw, table(numbers))
-    assert line["margin"] == 19.0 and line["values"] == "1: 1 against 20 of ft"
+    assert line["margin"] == 19.0 and line["values"] == "1: 1 against 20 of FT"
     assert judged(raw, table(numbers | {(1, "badnet", "ft"): 0.0}))["verdict"] == "FAILS"
 
 
