@@ -9,16 +9,18 @@ from __future__ import annotations
 import io
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from PIL import Image
 from torch import Tensor
 
 from benchmarks.timing import Way
 from invertune.cc3m import read_shard
-from invertune.decoding import Sample, cores, decode_all, decode_image, map_images
+from invertune.decoding import Sample, decode_all, map_images, pixels_of
 from invertune.models import to_pixels
 from invertune.sampling import batch_indices
 
@@ -91,13 +93,8 @@ def batches(
 def _decoded_anew(
     samples: list[Sample], size_px: int, batch: int, steps: int, device: torch.device
 ) -> None:
-    def one(row: int) -> np.ndarray:
-        own = samples[row]
-        with open(own.path, "rb") as file:
-            file.seek(own.offset)
-            return decode_image(file.read(own.size), size_px)
-
-    with ThreadPoolExecutor(cores()) as pool:
+    decoded = partial(pixels_of, size_px=size_px)
+    with ThreadPoolExecutor(cpu_count()) as pool:
         for step in range(steps):
-            rows = batch_indices(len(samples), batch, 0, step).tolist()
-            to_pixels(torch.from_numpy(np.stack(list(pool.map(one, rows)))), device)
+            drawn = [samples[row] for row in batch_indices(len(samples), batch, 0, step).tolist()]
+            to_pixels(torch.from_numpy(np.stack(list(pool.map(decoded, drawn)))), device)

@@ -106,7 +106,6 @@ def _data(options: argparse.Namespace) -> int:
 
 def _pretrain(options: argparse.Namespace) -> int:
     overrides = mapping_of(options.overrides)
-    load_settings(options.profile, {**overrides, "backbone": options.backbone})
     from invertune import embedded
 
     embedded.pretrain_embedded(options.backbone, options.profile, overrides)

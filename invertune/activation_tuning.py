@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -144,21 +145,21 @@ def tuning_objective(
     but batch statistics, where they are trained, are those of whole forward passes.
     """
     last = list(neurons)[-1] if settings.bn_mode == "eval" else None
-    prefix = prefix_to(suspected, first)
+    prefix = partial(prefix_to, suspected, first=first)
     clean, triggered = (
         torch.cat(list(in_batches(prefix, images, suspected.device)))
         for images in (clean, triggered)
     )
     with torch.no_grad():
-        unchanged, maps = tail_from(suspected, first)(clean)
+        unchanged, maps = tail_from(suspected, clean, first)
     original = {layer: maps[layer] for layer in neurons}
     masks = {layer: unit_mask(m, maps[layer].shape[1:]) for layer, m in neurons.items()}
     del maps  # of layers that are not critical
 
     def losses(clip: Clip, step: int) -> dict[str, Tensor]:
         rows = batch_indices(len(clean), settings.batch, seed, step)
-        features, clean_maps = tail_from(clip, first)(clean[rows])
-        attacked = maps_from(clip, first, last)(triggered[rows])
+        features, clean_maps = tail_from(clip, clean[rows], first)
+        attacked = maps_from(clip, triggered[rows], first, last)
         if settings.align_form == "ratio":
             activation = align_ratio_loss(clean_maps, attacked, masks)
         else:
@@ -224,7 +225,7 @@ def _measurer(
 ) -> Measure:
     """Function from a tuned model to its held-out clean accuracy and inverted ASR, in percent."""
     others = labels != target
-    prefix = prefix_to(suspected, first)
+    prefix = partial(prefix_to, suspected, first=first)
     clean = batched_inputs(prefix, heldout, suspected.device)
     triggered = batched_inputs(
         lambda pixels: prefix(triggers.in_turn(found, pixels)), heldout[others], suspected.device
@@ -232,11 +233,12 @@ def _measurer(
 
     @torch.no_grad()
     def measure(clip: Clip) -> tuple[float, float]:
-        visual, tail = clip.net.get_submodule("visual"), tail_from(clip, first)
+        visual = clip.net.get_submodule("visual")
         training = visual.training
         visual.eval()
         features, attacked = (
-            torch.cat([tail(x)[0] for x in inputs()]) for inputs in (clean, triggered)
+            torch.cat([tail_from(clip, hidden, first)[0] for hidden in inputs()])
+            for inputs in (clean, triggered)
         )
         visual.train(training)
         return (

@@ -77,67 +77,48 @@ def candidate_layers(clip: Clip) -> dict[str, nn.Module]:
     return _stem_layers_head(clip)[1]
 
 
-def prefix_to(clip: Clip, first: str | None) -> Callable[[Tensor], Tensor]:
-    """Function from pixels in [0, 1] to the input of layer ``first`` (None: of the encoder)."""
+def prefix_to(clip: Clip, pixels: Tensor, first: str | None) -> Tensor:
+    """The input of layer ``first`` (None: of the encoder) for ``pixels`` in [0, 1]."""
+    hidden = normalize(clip, pixels)
+    if first is None:
+        return hidden
     stem, layers, _ = _stem_layers_head(clip)
     names = list(layers)
-
-    def prefix(pixels: Tensor) -> Tensor:
-        hidden = normalize(clip, pixels)
-        if first is None:
-            return hidden
-        with forward_precision(clip):
-            hidden = stem(hidden)
-            for name in names[: names.index(first)]:
-                hidden = layers[name](hidden)
-        return hidden
-
-    return prefix
+    with forward_precision(clip):
+        hidden = stem(hidden)
+        for name in names[: names.index(first)]:
+            hidden = layers[name](hidden)
+    return hidden
 
 
 def maps_from(
-    clip: Clip, first: str | None, last: str | None = None
-) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Function from the input of layer ``first`` (None: of the encoder) to activation maps.
+    clip: Clip, hidden: Tensor, first: str | None, last: str | None = None
+) -> dict[str, Tensor]:
+    """Activation maps [N, *map], float32, of layer ``first`` (None: of the first) to ``last``.
 
-    It runs no further than ``last`` (None: to the last layer); each layer's [N, *map] is float32.
+    ``hidden`` is what ``prefix_to`` gives for the same layer. ``last`` None: to the last layer.
     """
     stem, layers, _ = _stem_layers_head(clip)
-    names = list(layers)
+    names, maps = list(layers), {}
     start = names.index(first) if first else 0
-    names = names[start : names.index(last) + 1 if last else None]
-
-    def maps(hidden: Tensor) -> dict[str, Tensor]:
-        activations = {}
-        with forward_precision(clip):
-            if first is None:
-                hidden = stem(hidden)
-            for name in names:
-                hidden = layers[name](hidden)
-                activations[name] = hidden.float()
-        return activations
-
+    with forward_precision(clip):
+        hidden = hidden if first else stem(hidden)
+        for name in names[start : names.index(last) + 1 if last else None]:
+            hidden = layers[name](hidden)
+            maps[name] = hidden.float()
     return maps
 
 
-def tail_from(
-    clip: Clip, first: str | None
-) -> Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]:
-    """Function from the input of layer ``first`` (None: of the encoder) to the end.
+def tail_from(clip: Clip, hidden: Tensor, first: str | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Unit image features [N, D] from the input of layer ``first``, and the maps on the way.
 
-    It returns the unit image features [N, D] and the maps of ``maps_from``.
-    ``tail_from(c, l)(prefix_to(c, l)(x))[0]`` equals ``image_features(c, x)``: while nothing
-    before ``first`` changes, its input needs to be computed only once.
+    ``tail_from(c, prefix_to(c, x, l), l)[0]`` equals ``image_features(c, x)``: while nothing before
+    ``first`` changes, its input needs to be computed only once.
     """
-    maps, head = maps_from(clip, first), _stem_layers_head(clip)[2]
-
-    def tail(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        activations = maps(hidden)
-        with forward_precision(clip):
-            features = head(list(activations.values())[-1])
-        return nn.functional.normalize(features.float(), dim=-1), activations
-
-    return tail
+    maps, head = maps_from(clip, hidden, first), _stem_layers_head(clip)[2]
+    with forward_precision(clip):
+        features = head(list(maps.values())[-1])
+    return nn.functional.normalize(features.float(), dim=-1), maps
 
 
 def batched_inputs(
@@ -172,10 +153,9 @@ def in_batches(
 def mean_activations(clip: Clip, layers: Collection[str], images: Tensor) -> dict[str, Tensor]:
     """mu: the mean over images of the whole activation map of each layer, float32, eval mode."""
     clip.net.eval()
-    maps_of = maps_from(clip, None)
     sums: dict[str, Tensor] = {}
-    for hidden in in_batches(prefix_to(clip, None), images, clip.device):
-        maps = maps_of(hidden)
+    for hidden in in_batches(partial(normalize, clip), images, clip.device):
+        maps = maps_from(clip, hidden, None)
         for name in layers:
             part = maps[name].double().sum(0)
             sums[name] = sums[name] + part if name in sums else part

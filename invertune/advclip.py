@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invertune.models import image_features, to_pixels
-from invertune.perturbations import View, paste
+from invertune.perturbations import View, perturb
 from invertune.prefetch import with_rows
 from invertune.sampling import batch_indices
 from invertune.sections import Identification
@@ -97,7 +97,7 @@ def generated_patch(view: View, settings: Identification, seed: int) -> Tensor:
     for step in progress(range(settings.steps), "AdvCLIP generator"):
         pictures, rows = batches(step)
         real = to_pixels(pictures, clip.device)
-        fake = paste(real, patch())
+        fake = perturb("patch", patch(), real)
         judge_steps.zero_grad()
         _judgement(judge, real, fake.detach()).backward()
         judge_steps.step()

@@ -20,7 +20,6 @@ from invertune.models import Clip, ModelError, set_state, text_digest, zero_shot
 from invertune.pretraining import pretrain
 from invertune.sections import PRETRAINED, Settings
 from invertune.store import Artifact, Compute, Made, default_root, obtain
-from invertune.training import Log
 from invertune.triggers import Trigger
 from invertune.weights import load_clip, untrained_clip
 
@@ -218,31 +217,16 @@ def _trained_here(chain: Chain) -> Model:
         return _at_precision(chain, clip)
 
     def compute(work: Path) -> Made:
-        clip, log = train_clean(chain, untrained, work)
+        pairs = datasets.caption_pairs(data, "pretraining", data.pretraining_pairs, chain.store)
+        torch.manual_seed(data.seed)
+        clip, classes = untrained(), len(datasets.class_names(data))
+        log = pretrain(clip, pairs, classes, settings.pretraining, data.seed, work)
         return {"weights": clip.net.state_dict()}, {"log": log}
 
-    artifact = chain.run(
-        "pretraining", pretraining_recipe(settings), [], compute, data.seed, settings.backbone
-    )
-    return Model(untrained, artifact.key, None).after(artifact, "the clean model")
-
-
-def pretraining_recipe(settings: Settings) -> dict[str, Any]:
-    """What a clean model's weights depend on, beside the data and the precision."""
     recipe = settings.pretraining.model_dump(mode="json")
-    return {"backbone": settings.backbone, **recipe, "pairs": settings.data.pretraining_pairs}
-
-
-def train_clean(chain: Chain, build: Callable[[], Clip], work: Path) -> tuple[Clip, Log]:
-    """The network that ``build`` makes, pretrained by the profile's recipe, and the log.
-
-    Checkpoints lie in ``work``: a killed training goes on from them.
-    """
-    settings, data = chain.settings, chain.settings.data
-    pairs = datasets.caption_pairs(data, "pretraining", data.pretraining_pairs, chain.store)
-    torch.manual_seed(data.seed)
-    clip, classes = _at_precision(chain, build()), len(datasets.class_names(data))
-    return clip, pretrain(clip, pairs, classes, settings.pretraining, data.seed, work)
+    keyed = {"backbone": settings.backbone, **recipe, "pairs": data.pretraining_pairs}
+    artifact = chain.run("pretraining", keyed, [], compute, data.seed, settings.backbone)
+    return Model(untrained, artifact.key, None).after(artifact, "the clean model")
 
 
 def _at_precision(chain: Chain, clip: Clip) -> Clip:

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from joblib import cpu_count
 from torch import Tensor
 
 from invertune import pictograms, real_data
-from invertune.decoding import cores, map_images
+from invertune.decoding import map_images
 from invertune.files import REPOSITORY
 from invertune.layouts import DataError
 from invertune.pictograms import Scene
@@ -231,7 +232,7 @@ def _scenes(
     def compute(_: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
         images = torch.empty(count, 3, data.image_size_px, data.image_size_px, dtype=torch.uint8)
         captions, objects = [], []
-        with ThreadPoolExecutor(min(cores(), THREADS)) as threads:
+        with ThreadPoolExecutor(min(cpu_count(), THREADS)) as threads:
             made = progress(threads.map(compose, range(count)), f"scenes, {part}", total=count)
             for image, scene in zip(images, made, strict=True):
                 image.copy_(torch.from_numpy(scene.image).permute(2, 0, 1))

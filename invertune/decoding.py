@@ -16,17 +16,21 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import center_crop, resize
 
 from invertune.files import write_atomic
 from invertune.terminal import progress
 
-CHUNK = 256  # images between two lines of the journal
+CHUNK = 1024  # images between two lines of the journal
 JOURNAL = "decoded.txt"
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 80_000_000  # of a source image, and of its resized form; below Pillow's own limit
@@ -59,13 +63,12 @@ def decode_image(content: bytes, size_px: int) -> np.ndarray:
     Raises one of ``UNREADABLE`` for bytes that are no whole JPEG, PNG or WebP, or too large.
     """
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        (width, height), short = image.size, min(image.size)
-        resized = (int(size_px * width / short), int(size_px * height / short))
-        if max(width * height, resized[0] * resized[1]) > MAX_PIXELS:
+        width, height = image.size
+        resized = size_px**2 * max(width, height) / min(width, height)
+        if max(width * height, resized) > MAX_PIXELS:
             raise ValueError(f"{width} x {height} pixels are too many")
-        whole = image if resized == image.size else image.resize(resized, Image.Resampling.BICUBIC)
-        left, top = (round((side - size_px) / 2.0) for side in resized)
-        square = whole.crop((left, top, left + size_px, top + size_px)).convert("RGB")
+        whole = resize(image, size_px, InterpolationMode.BICUBIC)
+        square = center_crop(whole, size_px).convert("RGB")
     return np.asarray(square).transpose(2, 0, 1)
 
 
@@ -74,107 +77,48 @@ def decode_all(
 ) -> list[int]:
     """Decodes ``samples`` into the rows of ``target``; returns the sample index of each row.
 
-    An unreadable sample gets no row: rows from the end fill the gaps. The journal in ``work`` lets
-    a killed run go on, as long as the samples are the same.
+    An unreadable sample gets no row. The journal in ``work`` lets a killed run go on, as long as
+    the samples are the same.
     """
-    journal, row = work / JOURNAL, 3 * size_px * size_px
-    done = _resumed(journal, samples, target, row)
-    todo = [start for start in range(0, len(samples), CHUNK) if start not in done]
-    if todo:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.touch()
-        os.truncate(target, len(samples) * row)  # a sparse file until its rows are written
-    with journal.open("a") as log, ThreadPoolExecutor(cores()) as pool:
-        jobs = pool.map(
-            lambda start: _decode_chunk(
-                samples[start : start + CHUNK], size_px, target, start * row
-            ),
-            todo,
-        )
-        try:
-            total = len(done) + len(todo)
-            for start, flags in zip(todo, progress(jobs, label, len(done), total), strict=True):
-                done[start] = flags
-                log.write(f"{start} {flags}\n")
-                log.flush()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return _fill_gaps(target, "".join(done[start] for start in sorted(done)), row)
+    row = 3 * size_px**2
+    flags = _resumed(work / JOURNAL, samples, target, row)
+    starts = range(len(flags), len(samples), CHUNK)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("ab") as file, (work / JOURNAL).open("a") as journal:
+        file.truncate(flags.count("1") * row)
+        with ThreadPoolExecutor(cpu_count()) as threads:
+            for start in progress(starts, label):
+                chunk = samples[start : start + CHUNK]
+                images = list(threads.map(partial(pixels_of, size_px=size_px), chunk))
+                file.writelines(image.tobytes() for image in images if image is not None)
+                file.flush()
+                os.fsync(file.fileno())  # the journal must not know more than the disk
+                line = "".join("01"[image is not None] for image in images)
+                journal.write(f"{line}\n")
+                journal.flush()
+                flags += line
+    return [i for i, flag in enumerate(flags) if flag == "1"]
 
 
-def cores() -> int:
-    """How many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def pixels_of(sample: Sample, size_px: int) -> np.ndarray | None:
+    """The image of a sample; None where it cannot be read."""
+    try:
+        with open(sample.path, "rb") as file:
+            file.seek(sample.offset)
+            return decode_image(file.read(min(sample.size or MAX_BYTES, MAX_BYTES)), size_px)
+    except UNREADABLE:
+        return None
 
 
-def _decode_chunk(samples: Sequence[Sample], size_px: int, target: Path, position: int) -> str:
-    """Writes the samples' pixels at byte ``position``; "1" for each that was readable, else "0"."""
-    pixels = np.zeros((len(samples), 3, size_px, size_px), np.uint8)
-    flags = ""
-    for place, sample in zip(pixels, samples, strict=True):
-        try:
-            place[:] = decode_image(_content(sample), size_px)
-            flags += "1"
-        except UNREADABLE:
-            flags += "0"
-    with target.open("r+b") as file:
-        file.seek(position)
-        file.write(pixels.data)
-        file.flush()
-        os.fsync(file.fileno())  # the journal must not know more than the disk
-    return flags
-
-
-def _content(sample: Sample) -> bytes:
-    with open(sample.path, "rb") as file:
-        file.seek(sample.offset)
-        return file.read(min(sample.size or MAX_BYTES, MAX_BYTES))
-
-
-def _resumed(journal: Path, samples: Sequence[Sample], target: Path, row: int) -> dict[int, str]:
-    """What a killed run finished, as {first sample: flags}; starts the journal anew."""
+def _resumed(journal: Path, samples: Sequence[Sample], target: Path, row: int) -> str:
+    """A 1 or a 0 for each sample that a killed run finished; starts the journal anew."""
     digest = hashlib.sha256(repr((row, list(samples))).encode()).hexdigest()
-    lines = journal.read_text().splitlines() if journal.is_file() else []
-    done: dict[int, str] = {}
-    if lines and lines[0] == digest and target.is_file():
-        for line in lines[1:]:
-            start, _, flags = line.partition(" ")
-            if start.isdigit() and len(flags) == len(samples[int(start) : int(start) + CHUNK]):
-                done[int(start)] = flags
-    kept = sum(flags.count("1") for flags in done.values())
-    sizes = {len(samples) * row}
-    if sum(map(len, done.values())) == len(samples):
-        sizes.add(kept * row)  # the gaps are filled already
-    if done and target.stat().st_size not in sizes:
-        done = {}
-    lines = [digest, *(f"{start} {flags}" for start, flags in done.items())]
-    write_atomic(journal, "".join(f"{line}\n" for line in lines).encode())
-    return done
-
-
-def _fill_gaps(target: Path, flags: str, row: int) -> list[int]:
-    """Moves rows from the end into those without an image and cuts the file; see decode_all.
-
-    The moved rows stay where they were until the cut, so a killed run can do it again.
-    """
-    kept = flags.count("1")
-    gaps = [i for i in range(kept) if flags[i] == "0"]
-    moved = [i for i in range(kept, len(flags)) if flags[i] == "1"]
-    order = list(range(kept))
-    for gap, source in zip(gaps, moved, strict=True):
-        order[gap] = source
-    if target.stat().st_size > kept * row:
-        with target.open("r+b") as file:
-            for gap, source in zip(gaps, moved, strict=True):
-                file.seek(source * row)
-                content = file.read(row)
-                file.seek(gap * row)
-                file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            file.truncate(kept * row)
-    return order
+    first, *lines = (journal.read_text() if journal.is_file() else "").split("\n")
+    flags = "".join(lines[:-1]) if first == digest else ""  # the last may be half a line
+    if flags and not (target.is_file() and target.stat().st_size >= flags.count("1") * row):
+        flags = ""
+    write_atomic(journal, f"{digest}\n{flags}\n".encode() if flags else f"{digest}\n".encode())
+    return flags
 
 
 def map_images(path: Path, size_px: int) -> Tensor:

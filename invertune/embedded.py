@@ -6,8 +6,6 @@ One resumable command each: ``python -m invertune pretrain RN50``.
 from __future__ import annotations
 
 import math
-import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,44 +15,36 @@ import torch
 import yaml
 
 from invertune import data as datasets
-from invertune.chain import STEP_VERSIONS, Chain, open_chain, pretraining_recipe, train_clean
+from invertune.chain import Chain, open_chain, pretrained
 from invertune.evaluation import utility
-from invertune.models import MODEL_FOLDER, WEIGHTS, Clip, build_clip, save_weights
+from invertune.models import MODEL_FOLDER, WEIGHTS, Clip, ModelError, save_weights
 from invertune.provenance import commit, file_hash, versions
-from invertune.sections import EMBEDDED
+from invertune.sections import EMBEDDED, PRETRAINED
 from invertune.settings import load_settings
-from invertune.store import artifact_key
-from invertune.weights import load_clip, record_hash
+from invertune.store import Artifact
+from invertune.weights import EMBEDDED_PX, load_clip, record_hash
 
 
-def pretrain_embedded(
-    backbone: str, profile: str = "mini", overrides: Mapping[str, Any] | None = None
-) -> Path:
+def pretrain_embedded(backbone: str, profile: str, overrides: Mapping[str, Any]) -> Path:
     """Pretrains one embedded CLIP and writes its weights (float16) and model card.
 
     ``overrides`` are nested settings that differ from the profile's; the card names both. Resumes
-    after a kill from the checkpoints in the store. Returns the model's folder.
+    after a kill, as every step of the store. Returns the model's folder.
     """
-    overrides = overrides or {}
-    settings = load_settings(profile, {**overrides, "backbone": backbone})
+    own = {**overrides, "backbone": backbone, "weights": PRETRAINED}
+    settings = load_settings(profile, own)
+    if (size := settings.data.image_size_px) != EMBEDDED_PX:
+        raise ModelError(f"data.image_size_px = {size}: the shipped models take {EMBEDDED_PX}")
     chain = open_chain(settings)
-    recipe, version = pretraining_recipe(settings), STEP_VERSIONS["pretraining"]
-    given = {**recipe, "precision": settings.precision}
-    key = artifact_key("pretraining", version, given, [], datasets.manifest(settings.data))
-    folder = MODEL_FOLDER / backbone
-    work = chain.store / "pretraining" / f"{backbone}-{key[:8]}"  # another recipe starts anew
-    resumed = work.exists()  # what was spent before the kill is not known any more
-    started = time.monotonic()
-    clip, _ = train_clean(chain, lambda: build_clip(folder, backbone, chain.device), work)
+    model, folder = pretrained(chain), MODEL_FOLDER / backbone
+    seconds = Artifact(model.key, chain.store / model.key).meta["seconds"]
     command = f"python -m invertune pretrain {backbone}"
     if profile != "mini":
         command += f" {profile}"
     if overrides:
-        one_line = yaml.safe_dump(overrides, default_flow_style=True, width=math.inf).strip()
+        one_line = yaml.safe_dump(dict(overrides), default_flow_style=True, width=math.inf).strip()
         command += f" --overrides '{one_line}'"
-    hours = f"{'at least ' if resumed else ''}{(time.monotonic() - started) / 3600:.2f}"
-    publish_weights(chain, clip, folder, hours, command)
-    shutil.rmtree(work, ignore_errors=True)  # short stages leave no checkpoint
+    publish_weights(chain, model.clip, folder, f"{seconds / 3600:.2f}", command)
     return folder
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from invertune import data as datasets
 from invertune import figures, image_figures, steps, tables, triggers
-from invertune.chain import Chain, Model, class_head, pool
+from invertune.chain import Chain, class_head, pool
 from invertune.image_figures import Example
+from invertune.metrics import predictions
 from invertune.models import embed_images, to_pixels
 from invertune.reports import inverted_energy, largest_increases
 from invertune.rows import TASK_KS, own_rows
@@ -276,27 +277,21 @@ def figure1(chain: Chain, results: pd.DataFrame) -> Figure:
     suspect, image = steps.poisoned(chain, attack, seed), example_images(chain)[:1]
     example = trigger_example(chain, attack, seed)
     triggered = torch.from_numpy(example.image).permute(2, 0, 1)[None].to(chain.device)
-    seen = [predicted_names(chain, suspect, x)[0] for x in (image, triggered)]
+    names, head = datasets.class_names(chain.settings.data), class_head(chain, suspect.clip)
+    features = torch.cat([embed_images(suspect.clip, shown) for shown in (image, triggered)])
+    seen = [names[i] for i in predictions(features, head).tolist()]
     where = {"task": "zeroshot", "k": "1", "variant": "", "paper_item": "table1", "metric": "asr"}
     rows = own_rows(chain, results)
     before, after = (
         tables.by_seed(rows, "attack", defense=d, **where) for d in ("none", "invertune")
     )
-    found = datasets.class_names(chain.settings.data)[steps.suspected_target(chain, attack, seed)]
     return image_figures.figure1(
         attack,
         as_picture(to_pixels(image, chain.device)[0]),
         example.image,
         (seen[0], seen[1]),
         largest_increases(chain, attack, seed),
-        found,
+        names[steps.suspected_target(chain, attack, seed)],
         trigger_example(chain, attack, seed, True).trigger,
         (before, after),
     )
-
-
-def predicted_names(chain: Chain, model: Model, images: Tensor) -> list[str]:
-    """The class names a model predicts for images (uint8 or in [0, 1])."""
-    head = class_head(chain, model.clip)
-    names = datasets.class_names(chain.settings.data)
-    return [names[i] for i in (embed_images(model.clip, images) @ head.T).argmax(1).tolist()]

@@ -19,10 +19,10 @@ from typing import Any
 
 import psutil
 import torch
+from joblib import cpu_count
 
 from invertune import ablations, defenses, generalization, passing_claims, plan, reports, steps
 from invertune.chain import open_chain
-from invertune.decoding import cores
 from invertune.sections import NULLS, SWEEPS, Settings
 from invertune.settings import compared, other_models, suspects
 from invertune.store import MissingError
@@ -111,7 +111,7 @@ def default_count(settings: Settings) -> int:
         return 1
     minutes = sum(plan.minutes_of(plan.planned(settings), settings))
     fitting = psutil.virtual_memory().available / 1e6 / peak
-    return max(1, min(cores(), int(fitting), int(minutes)))
+    return max(1, min(cpu_count(), int(fitting), int(minutes)))
 
 
 def fill(settings: Settings, notebook: str, count: int) -> None:

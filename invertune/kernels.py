@@ -1,4 +1,4 @@
-"""The tensor work of trigger inversion: composition (eq. 2), and SSIM against a fixed clean image.
+"""The tensor work of trigger inversion: SSIM against a fixed clean image.
 
 Everything runs on whichever device its inputs are on, in their floating-point type.
 """
@@ -18,16 +18,6 @@ C1 = 0.01**2
 C2 = 0.03**2
 # On a CPU a block of images is finished while its maps are still in the cache: about 400 kB a map.
 CPU_BLOCK_VALUES = 100_000
-
-
-def compose(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
-    """Stamps K triggers on B images: mask * pattern + (1 - mask) * images (eq. 2).
-
-    ``images`` [B, 3, H, W]; ``mask`` in [0, 1] and ``pattern`` in the space of ``images``, both
-    [K, 3, H, W]. Returns [K, B, 3, H, W], exactly ``images`` where the mask is 0 and exactly
-    ``pattern`` where it is 1.
-    """
-    return torch.lerp(images[None], pattern[:, None], mask[:, None])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import pandas as pd
-import torch
+from scipy.stats import entropy
 from torch import Tensor
 
 from invertune import data as datasets
@@ -107,9 +107,8 @@ def similarity_rank(chain: Chain, name: str) -> int:
 
 def uniformity(counts: Tensor) -> tuple[float, float]:
     """Entropy of predicted ``counts`` [C] over log C (1: uniform); the largest share in percent."""
-    shares = counts.double() / counts.sum()
-    entropy = float(torch.special.entr(shares).sum()) / math.log(len(counts))
-    return min(entropy, 1.0), 100 * float(shares.max())
+    evenness = float(entropy(counts, base=len(counts)))
+    return min(evenness, 1.0), 100 * float(counts.max() / counts.sum())
 
 
 def uniformity_rows(chain: Chain) -> Rows:
@@ -128,11 +127,11 @@ def uniformity_rows(chain: Chain) -> Rows:
         entropies = []
         for kind, count in counts.items():
             columns = {**base, "variant": {"perturbation": kind}, "n": int(count.sum())}
-            entropy, share = uniformity(count)
-            rows.append(metric_row(columns, "entropy", entropy))
+            evenness, share = uniformity(count)
+            rows.append(metric_row(columns, "entropy", evenness))
             rows.append(metric_row(columns, "largest_share", share))
             if kind != "none":
-                entropies.append(entropy)
+                entropies.append(evenness)
         rows.append(metric_row(base, "entropy", sum(entropies) / len(entropies)))
     return rows
 

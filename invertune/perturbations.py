@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,17 +36,6 @@ class View:
     texts: Tensor
 
 
-def paste(images: Tensor, patch: Tensor) -> Tensor:
-    """Places ``patch`` [3, p, p] where the released code does."""
-    start = patch_start(images.shape[-1], patch.shape[-1])
-    return triggers.paste(images, patch, start, start)
-
-
-def patch_start(size: int, patch: int) -> int:
-    """First row and column of a patch: the released code leaves 14 of 224 px to the corner."""
-    return size - round(size * 14 / 224) - patch
-
-
 def perturb(kind: str, tensor: Tensor, images: Tensor) -> Tensor:
     """Images in [0, 1] under the perturbation ``tensor`` of a kind."""
     return triggers.apply(as_trigger(kind, tensor, images.shape[-1]), images)
@@ -57,27 +45,27 @@ def as_trigger(kind: str, tensor: Tensor, size: int) -> Trigger:
     """The perturbation ``tensor`` of a kind as a trigger for images of ``size`` px."""
     if kind == "fourier" or kind.startswith("ball"):
         return Trigger("sinusoid", size, {"wave": tensor}, {})
-    start = patch_start(size, tensor.shape[-1])
+    start = size - round(size * 14 / 224) - tensor.shape[-1]  # as in the released code
     return Trigger("patch", size, {"patch": tensor}, {"row": start, "column": start})
 
 
 def universal_patch(view: View, anchors: Tensor, settings: Identification, seed: int) -> Tensor:
     """A patch [3, p, p] in [0, 1] that moves all images away from their ``anchors`` [N, D]."""
     start = torch.rand(3, settings.patch_px, settings.patch_px, generator=generator(seed, 3))
-    return _move_away(view, anchors, paste, start, (0, 1), settings, seed)
+    return _move_away(view, anchors, "patch", start, (0, 1), settings, seed)
 
 
 def universal_ball(view: View, anchors: Tensor, settings: Identification, seed: int) -> Tensor:
     """An additive perturbation [3, H, W] within ``ball_radius`` that does the same."""
     radius, size = settings.ball_radius, view.clip.image_size
     start = (2 * torch.rand(3, size, size, generator=generator(seed, 4)) - 1) * radius
-    return _move_away(view, anchors, triggers.add, start, (-radius, radius), settings, seed)
+    return _move_away(view, anchors, "ball", start, (-radius, radius), settings, seed)
 
 
 def _move_away(
     view: View,
     anchors: Tensor,
-    place: Callable[[Tensor, Tensor], Tensor],
+    kind: str,
     start: Tensor,
     bounds: tuple[float, float],
     settings: Identification,
@@ -91,7 +79,7 @@ def _move_away(
     batches = with_rows(view.images, rows_at, device)
     for step in progress(range(settings.steps), "universal perturbation"):
         pictures, rows = batches(step)
-        features = image_features(view.clip, place(to_pixels(pictures, device), tensor))
+        features = image_features(view.clip, perturb(kind, tensor, to_pixels(pictures, device)))
         optimizer.zero_grad()
         (features * anchors[rows]).sum(1).mean().backward()
         optimizer.step()

@@ -47,7 +47,7 @@ from invertune.sections import OWN_IMAGES, Data, Settings
 from invertune.store import Artifact, Made, no_link, obtain
 from invertune.terminal import printable
 
-VERSION = 1  # raise where other images or other pixels come out
+VERSION = 2  # raise where other images or other pixels come out
 IMAGES = ".images"
 REFERENCES = 64  # images of the target that an attacker collects (BadCLIP's code)
 

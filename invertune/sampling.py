@@ -33,18 +33,6 @@ def batch_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
     return _order(count, seed, step // per_epoch)[start : start + batch]
 
 
-def block_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
-    """Indices [batch] of one run of consecutive items; the runs are reshuffled every epoch.
-
-    Scenes cycle through the classes, so a run repeats no class (up to their number): captions of
-    one batch then rarely fit another image, as among the far more varied captions of web data.
-    Raises ``BatchError`` where the data set is smaller than a batch.
-    """
-    _check_batch(count, batch)
-    first = batch_indices(count // batch, 1, seed, step) * batch
-    return first + torch.arange(batch)
-
-
 def balanced_indices(labels: Tensor, classes: int, seed: int, step: int) -> Tensor:
     """Indices of one batch that shows every class once, so that no caption is a false negative.
 
@@ -58,11 +46,16 @@ def balanced_indices(labels: Tensor, classes: int, seed: int, step: int) -> Tens
 
 
 def pair_indices(count: int, batch: int, seed: int, step: int, cycled: bool) -> Tensor:
-    """Indices [batch] of caption pairs: ``block_indices`` where consecutive items show different
-    classes (``cycled``), else ``batch_indices``, as CLIP and CleanCLIP shuffle.
+    """Indices [batch] of caption pairs: ``batch_indices``, as CLIP and CleanCLIP shuffle.
+
+    Where the pairs cycle through the classes (``cycled``), runs of consecutive ones, reshuffled
+    every epoch: a run repeats no class (up to their number), so the captions of a batch rarely fit
+    another image, as among the far more varied captions of web data.
     """
+    _check_batch(count, batch)
     if cycled:
-        return block_indices(count, batch, seed, step)
+        first = batch_indices(count // batch, 1, seed, step) * batch
+        return first + torch.arange(batch)
     return batch_indices(count, batch, seed + PAIRS, step)  # not the order that chose the poison
 
 

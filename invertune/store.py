@@ -157,20 +157,29 @@ def obtain(
     if not distributed.first():
         while distributed.from_first(False):
             compute(entry.beside(WORK))
-    elif not _found(entry):
-        with _locked(entry, name):
-            if not _found(entry):
-                _clear(entry, name)
-                identity = {**dict(zip(IDENTITY, parts, strict=True)), "seed": seed}
-                with contextlib.nullcontext() if together else distributed.alone():
-                    if (count := distributed.processes()) > 1:
-                        device = f"{count} x {device}"
-                        distributed.from_first(True)
-                    _make(entry, name, compute, identity, device)
-                entry = replace(entry, computed=True)
-    if distributed.first():
-        distributed.from_first(False)  # it is there: the others need not wait any more
+        return entry
+    identity = {**dict(zip(IDENTITY, parts, strict=True)), "seed": seed}
+    entry = _found_or_made(entry, name, compute, identity, device, together)
+    distributed.from_first(False)  # it is there: the others need not wait any more
     return entry
+
+
+def _found_or_made(
+    entry: Artifact, name: str, compute: Compute, identity: Values, device: str, together: bool
+) -> Artifact:
+    """In the first process: finds the entry, or makes it, alone or with the others."""
+    if _found(entry):
+        return entry
+    with _locked(entry, name):
+        if _found(entry):  # another job made it meanwhile
+            return entry
+        _clear(entry, name)
+        with contextlib.nullcontext() if together else distributed.alone():
+            if (count := distributed.processes()) > 1:
+                device = f"{count} x {device}"
+                distributed.from_first(True)  # the others compute along
+            _make(entry, name, compute, identity, device)
+    return replace(entry, computed=True)
 
 
 def _found(entry: Artifact) -> bool:

@@ -33,6 +33,7 @@ MAX_LOGIT_SCALE = math.log(100)
 Terms = dict[str, Tensor]
 Log = list[dict[str, float]]  # the losses of some steps
 Method = tuple[Callable[[Tensor, int], Batch], Callable[..., Terms]]  # of rows, step; of a batch
+LOG_EVERY = 20  # steps
 SAVES, SAVED_APART = 10, 100  # checkpoints a run; their distance in steps, at least
 
 
@@ -80,21 +81,19 @@ def fit(
     *,
     label: str = "training",
     checkpoint: Path | None = None,
-    save_every: int | None = None,
-    log_every: int = 20,
 ) -> Log:
     """Trains every parameter of ``net`` that requires a gradient, with AdamW.
 
     ``loss_at(step)`` returns named scalars; "loss" is minimized and all of them are logged. With
     ``checkpoint`` (a safetensors path) the loop goes on where a killed run stopped; it is written
-    every ``save_every`` steps, None: ten times a run, but at least 100 steps apart. Returns the
-    log, a row per ``log_every`` steps. Raises ``TrainingError`` at the first loss or
-    gradient that is not finite, before it reaches the weights or the checkpoint.
+    ten times a run, but at least 100 steps apart. Returns the log, a row per 20 steps. Raises
+    ``TrainingError`` at the first loss or gradient that is not finite, before it reaches the
+    weights or the checkpoint.
 
     A step ends with CLIP's limit of 100 on its scale of logits, or where that began if higher.
     Clamped in the loss instead, a scale at the limit would get no gradient, and OpenAI's are there.
     """
-    save_every = save_every or max(SAVED_APART, recipe.steps // SAVES)
+    save_every = max(SAVED_APART, recipe.steps // SAVES)
     distributed.share_batch_norm(net)
     parameters = {n: p for n, p in net.named_parameters() if p.requires_grad}
     groups: list[dict[str, Any]] = [
@@ -123,7 +122,7 @@ def fit(
         optimizer.step()
         if scale is not None:
             scale.data.clamp_(max=limit)
-        if step % log_every == 0 or step == recipe.steps - 1:
+        if step % LOG_EVERY == 0 or step == recipe.steps - 1:
             log.append({"step": step, **{k: v.item() for k, v in terms.items()}})
         if checkpoint and distributed.first() and (step + 1) % save_every == 0:
             _save(net, parameters, optimizer, checkpoint, step + 1, log)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from invertune import triggers
-from invertune.kernels import compose, ssim_statistics
+from invertune.kernels import ssim_statistics
 from invertune.losses import align_loss, emb_loss, similarity_loss, sparsity_loss
 from invertune.metrics import attack_success_rate
 from invertune.models import Clip, embed_images, frozen_copy, image_features, to_pixels
@@ -196,7 +196,8 @@ def _terms_at(
         pixels = to_pixels(batch, clip.device)
         compared = _compared(clip, pixels, settings)
         statistics = pool.take(index) if pool else ssim_statistics(compared)
-        tilde = compose(pixels, mask, pattern * clip.std + clip.mean)
+        pattern = pattern * clip.std + clip.mean
+        tilde = triggers.compose(pixels, mask[:, None], pattern[:, None])
         features = image_features(clip, tilde.flatten(0, 1)).unflatten(0, tilde.shape[:2])
         return torch.stack(
             [
@@ -220,14 +221,9 @@ def _check(clip: Clip, images: Tensor, heldout: Tensor, head: Tensor, runs: Sequ
     for name, given in (("images", images), ("heldout", heldout)):
         if given.shape[1:] != shape:
             raise ValueError(f"{name} are {tuple(given.shape)}, not [N, 3, {shape[1]}, {shape[2]}]")
-    if not runs:
-        raise ValueError("no runs: name at least one target")
     for run in runs:
         if not 0 <= run.target < len(head):
             raise ValueError(f"target {run.target} is no class: the head has 0 to {len(head) - 1}")
-    dtype = next(clip.net.parameters()).dtype
-    if dtype != torch.float32:
-        raise ValueError(f"the weights are {dtype}; inversion needs torch.float32 (net.float())")
 
 
 def _optimize(

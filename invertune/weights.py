@@ -40,6 +40,7 @@ from invertune.provenance import file_hash
 from invertune.sections import BACKBONES, EMBEDDED
 
 OPENAI = "openai"
+EMBEDDED_PX = 64  # image size of the shipped models
 RESTORE = "restore it with: git checkout data/mini/models"
 WEIGHTS_LOCK = REPOSITORY / "params" / "weights.lock"
 CONFIGURATION = (".json", ".txt", ".model")  # of open_clip, and of a tokenizer of transformers
@@ -130,11 +131,13 @@ def _described(backbone: str, weights: str) -> tuple[str, dict[str, Any], dict[s
 
 def untrained_clip(backbone: str, size_px: int, device: torch.device | str = "cpu") -> Clip:
     """An untrained CLIP for images of 64 px (the embedded one's shape) or 224 px (OpenAI's)."""
-    if size_px == 64:
+    if size_px == EMBEDDED_PX:
         return build_clip(MODEL_FOLDER / backbone, backbone, device)
     if size_px == 224:
         return random_clip(backbone, OPENAI, device)
-    raise ModelError(f"data.image_size_px = {size_px}: there are networks for 64 and 224")
+    raise ModelError(
+        f"data.image_size_px = {size_px}: there are networks for {EMBEDDED_PX} and 224"
+    )
 
 
 def for_any_backbone(weights: str) -> bool:

@@ -8,10 +8,9 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 import pytest
-import torch
 from conftest import QUICK
 
-from invertune import ablation_figures, ablations, figures, steps, tables, triggers
+from invertune import ablation_figures, ablations, figures, steps, tables
 from invertune.ablation_steps import (
     found_triggers,
     inversions,
@@ -22,8 +21,6 @@ from invertune.ablation_steps import (
 )
 from invertune.chain import Chain, open_chain
 from invertune.evaluation import evaluated
-from invertune.kernels import compose
-from invertune.perturbations import as_trigger, paste
 from invertune.plan import planned
 from invertune.results import read_paper, to_frame
 from invertune.rows import full_mask
@@ -207,24 +204,6 @@ def test_perturbation_shares_come_from_step_1(chain: Chain) -> None:
     assert sorted(target.value) == pytest.approx(sorted(frame["to the target (%)"]))
     found = set(zip(rows.attack, rows.variant, strict=True))
     assert len(found) == len(rows)
-
-
-@pytest.mark.parametrize("kind", ["patch_feature", "ball_prediction", "fourier"])
-def test_a_perturbation_as_a_trigger_does_the_same(kind: str) -> None:
-    draw = torch.Generator().manual_seed(0)
-    images = torch.rand(2, 3, 32, 32, generator=draw)
-    tensor = torch.rand(3, 5, 5, generator=draw) if kind == "patch_feature" else images[0] - 0.5
-    placed = triggers.apply(as_trigger(kind, tensor, 32), images)
-    wanted = paste(images, tensor) if kind == "patch_feature" else (images + tensor).clamp(0, 1)
-    assert torch.equal(placed, wanted)
-
-
-def test_a_trigger_read_from_a_sweep_composes_as_equation_2(chain: Chain) -> None:
-    trigger, _ = found_triggers(chain, swept(chain, "blended", 0, "lambda4"))[0]
-    images = torch.rand(2, 3, 64, 64)
-    mask, pattern = trigger.tensors["mask"], trigger.tensors["pattern"]
-    expected = compose(images, mask[None], pattern[None])[0]
-    torch.testing.assert_close(triggers.apply(trigger, images), expected)
 
 
 def test_the_plan_counts_every_changed_value_once() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from invertune.activation_tuning import Tuned, diverse_indices, tune
 from invertune.activations import maps_from, prefix_to, rows_to_train, tail_from
 from invertune.losses import activation_loss, align_ratio_loss, preserve_feature_loss, preserve_loss
-from invertune.models import Clip, image_features
+from invertune.models import image_features
 from invertune.sections import Tuning
 from invertune.settings import load_settings
 from invertune.training import Recipe, fit
@@ -232,25 +232,13 @@ def test_the_same_seed_gives_the_same_tuning(planted, baseline):
 def test_running_the_tail_alone_gives_the_numbers_of_the_whole_encoder(
     planted, baseline, monkeypatch
 ):
-    monkeypatch.setattr("invertune.activation_tuning.prefix_to", whole_prefix)
-    monkeypatch.setattr("invertune.activation_tuning.tail_from", whole_tail)
-    monkeypatch.setattr("invertune.activation_tuning.maps_from", whole_maps)
+    for part in (prefix_to, tail_from, maps_from):
+        whole = lambda clip, x, first, last=None, part=part: part(clip, x, None)  # noqa: E731
+        monkeypatch.setattr(f"invertune.activation_tuning.{part.__name__}", whole)
     plain = run(planted)
     for one, other in zip(plain.states, baseline.states, strict=True):
         assert one.activation == pytest.approx(other.activation, rel=1e-3)
         assert one.clean_accuracy == other.clean_accuracy
-
-
-def whole_prefix(clip: Clip, first: str | None):
-    return prefix_to(clip, None)
-
-
-def whole_tail(clip: Clip, first: str | None):
-    return tail_from(clip, None)
-
-
-def whole_maps(clip: Clip, first: str | None, last: str | None):
-    return maps_from(clip, None)
 
 
 RELEASED = {

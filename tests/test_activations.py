@@ -97,7 +97,7 @@ def test_prefix_and_tail_make_the_whole_encoder(clip):
     images = pixels(3)
     whole = image_features(clip, images)
     for layer in (None, *candidate_layers(clip)):
-        features, _ = tail_from(clip, layer)(prefix_to(clip, layer)(images))
+        features, _ = tail_from(clip, prefix_to(clip, images, layer), layer)
         torch.testing.assert_close(features, whole, atol=1e-6, rtol=0)
 
 
@@ -111,9 +111,9 @@ def test_the_tail_keeps_the_maps_that_the_modules_produce(clip):
     ]
     image_features(clip, images)
     [hook.remove() for hook in hooks]
-    maps = tail_from(clip, None)(prefix_to(clip, None)(images))[1]
+    maps = tail_from(clip, prefix_to(clip, images, None), None)[1]
     middle = list(layers)[1:3]
-    between = maps_from(clip, *middle)(prefix_to(clip, middle[0])(images))
+    between = maps_from(clip, prefix_to(clip, images, middle[0]), *middle)
     assert list(between) == middle
     assert all(torch.equal(between[name], maps[name]) for name in middle)
     means = mean_activations(clip, layers, images)
@@ -213,15 +213,15 @@ def test_trainable_rows_are_what_writes_the_output(clip):
 def test_trainable_rows_move_the_critical_channels_only(clip):
     """In a stage of one block the rows must not reach the layer's other output channels."""
     layer, module = next(iter(candidate_layers(clip).items()))
-    prefix, images = prefix_to(clip, layer), pixels(2)
-    before = module(prefix(images))
+    hidden = prefix_to(clip, pixels(2), layer)
+    before = module(hidden)
     width = before.shape[1] if before.ndim == 4 else before.shape[2]
     channels = torch.arange(width) < 3
     changed = clone(clip)
     for name, mask in trainable_rows(changed, layer, channels).items():
         if "out_proj" not in name:  # the MLP of the same block reads what attention writes
             changed.net.get_parameter(name)[mask] += 0.5
-    moved = candidate_layers(changed)[layer](prefix(images)) != before
+    moved = candidate_layers(changed)[layer](hidden) != before
     by_channel = moved.any(0).flatten(1).any(1) if before.ndim == 4 else moved.any(0).any(0)
     assert torch.equal(by_channel, channels)
 

@@ -37,6 +37,7 @@ def test_seed_and_step_decide_everything(function) -> None:
     torch.manual_seed(2)
     assert torch.equal(first, function(pixels, 3, 4))
     assert first.shape == pixels.shape and first.dtype == pixels.dtype
+    assert function is not augment or (first.min() >= 0 and first.max() <= 1)
     assert not torch.equal(first, function(pixels, 3, 5))
     assert not torch.equal(first, function(pixels, 4, 4))
 

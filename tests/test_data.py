@@ -11,11 +11,6 @@ from invertune.settings import load_settings
 DATA = load_settings("mini").data
 
 
-def test_targets_of_the_paper_are_classes() -> None:
-    for name in datasets.TARGETS:
-        assert datasets.class_names(DATA)[datasets.class_index(DATA, name)] == name
-
-
 def test_an_unknown_class_is_named() -> None:
     with pytest.raises(DataError, match="class 'mushrom' is not in the list of 210 classes"):
         datasets.class_index(DATA, "mushrom")

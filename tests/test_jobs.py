@@ -107,7 +107,7 @@ def fill(store: Path, *arguments: str) -> subprocess.Popen[str]:
 def test_one_job_a_core_while_memory_and_work_last(profile, free_gb, count, monkeypatch):
     memory = SimpleNamespace(available=free_gb * 1e9)
     monkeypatch.setattr(jobs.psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr(jobs, "cores", lambda: 4)
+    monkeypatch.setattr(jobs, "cpu_count", lambda: 4)
     assert jobs.default_count(load_settings(profile, {"device": "cpu"})) == count
 
 

@@ -1,4 +1,4 @@
-"""Composition and SSIM against slow references in float64, and against pytorch-msssim."""
+"""SSIM against slow references in float64, and against pytorch-msssim."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from invertune import kernels, models
-from invertune.kernels import compose, gaussian_band, ssim_statistics, ssim_with
+from invertune.kernels import gaussian_band, ssim_statistics, ssim_with
 from invertune.models import frozen_copy
 
 
@@ -42,28 +42,6 @@ def slow_ssim(one: Tensor, other: Tensor) -> float:
 
 def ssim(tilde: Tensor, images: Tensor) -> Tensor:
     return ssim_with(tilde, images, ssim_statistics(images))
-
-
-def test_compose_is_equation_2_for_every_run_and_image() -> None:
-    images, mask, pattern = random(4, 3, 5, 6), random(2, 3, 5, 6, seed=1), random(2, 3, 5, 6)
-    stamped = compose(images, mask, pattern)
-    for k in range(2):
-        for b in range(4):
-            wanted = mask[k] * pattern[k] + (1 - mask[k]) * images[b]
-            torch.testing.assert_close(stamped[k, b], wanted, rtol=0, atol=1e-15)
-
-
-@given(seed=st.integers(0, 10**6), share=st.floats(0, 1))
-@hypothesis_settings(max_examples=25, deadline=None)
-def test_compose_stays_in_range_and_is_exact_at_both_ends(seed: int, share: float) -> None:
-    images, pattern = (random(2, 3, 4, 4, seed=seed + i, dtype=torch.float32) for i in (0, 1))
-    mask = (random(2, 3, 4, 4, seed=seed + 2, dtype=torch.float32) < share).float()
-    stamped = compose(images, mask, pattern)
-    for k in range(2):
-        wanted = torch.where(mask[k].bool(), pattern[k], images)
-        assert torch.equal(stamped[k], wanted)
-    soft = compose(images, random(2, 3, 4, 4, seed=seed, dtype=torch.float32), pattern)
-    assert soft.min() >= 0 and soft.max() <= 1
 
 
 def test_the_band_matrix_is_a_valid_convolution() -> None:

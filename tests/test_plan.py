@@ -22,3 +22,5 @@ def test_every_backbone_is_pretrained_once(weights: str, runs: list[int]) -> Non
     found = [w for w in planned(settings) if w.step == "pretraining"]
     assert [w.runs for w in found] == runs
     assert [w.notebook for w in found] == ["01_attacks", "06_generalization"][: len(runs)]
+    steps = settings.pretraining.warm_start_steps + settings.pretraining.contrastive_steps
+    assert all(w.exposures == 210 * steps for w in found)

@@ -12,11 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from invertune.augment import augment
 from invertune.chain import open_chain, pretrained
 from invertune.files import REPOSITORY
 from invertune.models import WEIGHTS, ModelError
-from invertune.plan import planned
 from invertune.sampling import balanced_indices
 from invertune.settings import load_settings
 from invertune.store import entries
@@ -31,15 +29,6 @@ def test_a_balanced_batch_shows_every_class_once(classes: int, per_class: int, s
     epoch = [balanced_indices(labels, classes, seed, step) for step in range(per_class)]
     assert all(torch.equal(labels[rows].sort().values, torch.arange(classes)) for rows in epoch)
     assert len(torch.cat(epoch).unique()) == len(labels)
-
-
-def test_augmentation_is_a_function_of_seed_and_step_and_keeps_the_range() -> None:
-    images = torch.rand(4, 3, 16, 16)
-    first = augment(images, 0, 3)
-    assert torch.equal(first, augment(images, 0, 3))
-    assert not torch.equal(first, augment(images, 0, 4))
-    assert not torch.equal(first, augment(images, 1, 3))
-    assert first.shape == images.shape and first.min() >= 0 and first.max() <= 1
 
 
 def test_weights_that_are_pretrained_here_are_made_once_and_found_again(tmp_path: Path) -> None:
@@ -78,13 +67,3 @@ def test_there_are_networks_for_two_image_sizes() -> None:
     assert untrained_clip("RN50", 64).image_size == 64
     with pytest.raises(ModelError, match="image_size_px = 96: there are networks for 64 and 224"):
         untrained_clip("RN50", 96)
-
-
-def test_the_plan_counts_it() -> None:
-    settings = load_settings("smoke", {"weights": "pretrained"})
-    work = [w for w in planned(settings) if w.step == "pretraining"]
-    assert [(w.notebook, w.runs, w.total) for w in work] == [
-        ("01_attacks", 1, 4 * 210),
-        ("06_generalization", 1, 4 * 210),  # ViT-B-32; its other backbone is Table 1's
-    ]
-    assert not [w for w in planned(load_settings("smoke")) if w.step == "pretraining"]

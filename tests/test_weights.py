@@ -220,9 +220,8 @@ def test_a_siglip_model_loads_and_its_layers_are_found(tmp_path: Path) -> None:
     assert clip.image_size == 224 and clip.mean.flatten().tolist() == [0.5] * 3
     layers = candidate_layers(clip)
     assert list(layers) == [f"visual.trunk.blocks.{i}" for i in range(12)]
-    features, maps = tail_from(clip, "visual.trunk.blocks.3")(
-        prefix_to(clip, "visual.trunk.blocks.3")(pixels)
-    )
+    third = "visual.trunk.blocks.3"
+    features, maps = tail_from(clip, prefix_to(clip, pixels, third), third)
     torch.testing.assert_close(features, image_features(source, pixels))
     assert len(maps) == 9 and maps["visual.trunk.blocks.3"].shape == (2, 197, 192)
     rows = trainable_rows(clip, "visual.trunk.blocks.3", torch.ones(192, dtype=torch.bool))

@@ -182,12 +182,12 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], root: Path
 def _inputs(notebook: Path, settings: Settings) -> str:
     """A hash of what decides a notebook's results: itself, the settings, the code, the data."""
     digest = hashlib.sha256(notebook.read_bytes() + settings.model_dump_json().encode())
-    for path in sorted((REPOSITORY / "invertune").glob("*.py")):
+    expected = [REPOSITORY / "expected" / name for name in ("claims.yml", "items.yml", "paper.csv")]
+    for path in [*sorted((REPOSITORY / "invertune").glob("*.py")), *expected]:
         digest.update(path.read_bytes())
-    for folder in ("data", "expected"):
-        for path in sorted(p for p in (REPOSITORY / folder).rglob("*") if p.is_file()):
-            status = path.stat()
-            digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for path in sorted(p for p in (REPOSITORY / "data").rglob("*") if p.is_file()):
+        status = path.stat()
+        digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
