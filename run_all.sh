@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Runs the notebooks in order; makes the environment first where it is missing.
 set -euo pipefail
+for name in INVERTUNE_STORE INVERTUNE_DATA INVERTUNE_VENV; do # relative to where the user is
+  if [ -n "${!name:-}" ]; then export "$name=$(realpath -ms "${!name}")"; fi
+done
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
@@ -64,6 +67,9 @@ case "$command" in
     export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
     exec "$python" -m jupyterlab --notebook-dir="$repository" "${@:2}"
     ;;
-  check | purify) exec "$python" -m invertune "$@" ;;
+  check | purify)
+    cd "$OLDPWD" # files are named from there
+    exec "$python" -m invertune "$@"
+    ;;
 esac
 exec "$python" tools/run_notebooks.py "$@"

@@ -80,7 +80,7 @@ def topology_gap(a: Tensor, b: Tensor) -> Tensor:
 def generated_patch(view: View, settings: Identification, seed: int) -> Tensor:
     """Trains the generator against the frozen model and returns its patch [3, p, p] in [0, 1]."""
     clip, clean, texts = view.clip, view.features, view.texts
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         maker, judge = patch_generator().to(clip.device), discriminator().to(clip.device)
         noise = torch.randn(NOISES, NOISE_DIM, 1, 1).to(clip.device)

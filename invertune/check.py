@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from invertune import provenance, real_data, weights
+from invertune.files import file_hash
 from invertune.layouts import EXPECTED
 from invertune.models import CONFIG, MODEL_FOLDER, WEIGHTS, ModelError
 from invertune.sections import BACKBONES, EMBEDDED
@@ -50,7 +51,7 @@ def _model(backbone: str) -> str:
         weights.load_clip(backbone, EMBEDDED)
     except ModelError as error:
         return f"DAMAGED: {error}"
-    return f"found, SHA-256 {provenance.file_hash(path)[:12]}"
+    return f"found, SHA-256 {file_hash(path)[:12]}"
 
 
 def _device() -> str:

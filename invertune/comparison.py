@@ -31,7 +31,7 @@ def defenses_compared(chain: Chain) -> tuple[str, ...]:
 
 
 def comparison_rows(chain: Chain) -> Rows:
-    """Table 1 and each defense's data: images it may use, and images it was trained on."""
+    """Table 1 and each defense's data: images it may use, and images that it was shown."""
     rows: Rows = []
     for attack, seed in suspects(chain.settings):
         for defense in defenses_compared(chain):
@@ -45,8 +45,8 @@ def comparison_rows(chain: Chain) -> Rows:
 
 
 def data_use(chain: Chain, defense: str, attack: str, seed: int) -> tuple[int, int]:
-    """Clean images a defense may use (held-out ones aside), and how many it was trained on, each
-    as often as it was shown, over all rates tried; a second view of an image is not counted again.
+    """Clean images a defense may use (held-out ones aside), and how many it saw, each as often as
+    it was shown, over all rates tried; a second view of an image is not counted again.
     """
     if defense == "invertune":
         settings, passes = chain.settings, invertune_passes(chain.settings)
@@ -217,5 +217,6 @@ def rebound_figure(chain: Chain, results: pd.DataFrame) -> Figure:
         percent_axis(chart, "ASR (%)")
         chart.set_title(tables.label("attack", attack))
         chart.label_outer()
-    legend_above(figure, axes[0, 0])
+    if names:
+        legend_above(figure, axes[0, 0])
     return figure

@@ -7,6 +7,7 @@ below ``INVERTUNE_DATA``, or a user's folder, and mapped from the disk (``real_d
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import json
@@ -21,10 +22,9 @@ from torch import Tensor
 
 from invertune import pictograms, real_data
 from invertune.decoding import map_images
-from invertune.files import REPOSITORY
+from invertune.files import REPOSITORY, file_hash
 from invertune.layouts import DataError
 from invertune.pictograms import Scene
-from invertune.provenance import file_hash
 from invertune.sections import PICTOGRAMS, Data, Settings
 from invertune.sprites import ARCHIVE, load_sprites
 from invertune.store import obtain
@@ -82,6 +82,12 @@ def class_names(data: Data) -> tuple[str, ...]:
     return load_sprites().classes
 
 
+def distinct_names(data: Data) -> tuple[str, ...]:
+    """``class_names``, with its index behind a name that stood before (ImageNet's two missiles)."""
+    names = class_names(data)
+    return tuple(f"{name} ({i})" if name in names[:i] else name for i, name in enumerate(names))
+
+
 def templates(data: Data) -> tuple[str, ...]:
     """The zero-shot prompt templates, each with one ``{}``."""
     if _real(data):
@@ -93,8 +99,10 @@ def class_index(data: Data, name: str) -> int:
     """The index of a class, by exact name (``DataError`` names the nearest classes)."""
     names = class_names(data)
     if name not in names:
-        near = ", ".join(n for n in names if set(name.split()) & set(n.split())) or names[0]
-        raise DataError(f"class {name!r} is not in the list of {len(names)} classes (near: {near})")
+        near = ", ".join(difflib.get_close_matches(name, names, cutoff=0.4))
+        raise DataError(
+            f"class {name!r} is not in the list of {len(names)} classes (near: {near or 'none'})"
+        )
     return names.index(name)
 
 

@@ -17,8 +17,9 @@ import yaml
 from invertune import data as datasets
 from invertune.chain import Chain, open_chain, pretrained
 from invertune.evaluation import utility
+from invertune.files import file_hash
 from invertune.models import MODEL_FOLDER, WEIGHTS, Clip, ModelError, save_weights
-from invertune.provenance import commit, file_hash, versions
+from invertune.provenance import commit, versions
 from invertune.sections import EMBEDDED, PRETRAINED
 from invertune.settings import load_settings
 from invertune.store import Artifact

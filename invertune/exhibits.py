@@ -183,7 +183,7 @@ def trigger_example(
         trigger = steps.inverted_trigger(chain, steps.inverted(chain, attack, seed))
     else:
         trigger = triggers.required(steps.planted_trigger(chain, attack, seed), attack)
-    image = to_pixels(example_images(chain, part)[:1], chain.device)
+    image = to_pixels(example_image(chain, part), chain.device)
     triggered = as_picture(triggers.apply(trigger, image)[0])
     if trigger.kind in ("patch", "mask"):
         return Example(triggered, as_picture(triggers.apply(trigger, torch.zeros_like(image))[0]))
@@ -191,10 +191,11 @@ def trigger_example(
     return Example(triggered, changed, f"difference x{factor:.1f}")
 
 
-def example_images(chain: Chain, part: str = "evaluation") -> Tensor:
-    """Labeled images of ``part`` that are not of the target class, uint8 [N, 3, H, W]."""
+def example_image(chain: Chain, part: str = "evaluation") -> Tensor:
+    """The first labeled image of ``part`` that is not of the target class, uint8 [1, 3, H, W]."""
     shown = pool(chain, part)
-    return shown.images[shown.labels != chain.target]
+    first = int((shown.labels != chain.target).nonzero()[0])
+    return shown.images[first : first + 1]
 
 
 def as_picture(image: Tensor) -> np.ndarray:
@@ -274,7 +275,7 @@ def before_after_figure(chain: Chain, results: pd.DataFrame) -> Figure:
 def figure1(chain: Chain, results: pd.DataFrame) -> Figure:
     """Figure 1: one attack and the three steps, drawn from the artifacts of a run."""
     attack, seed = chain.settings.attacks.names[-1], chain.settings.seeds[0]
-    suspect, image = steps.poisoned(chain, attack, seed), example_images(chain)[:1]
+    suspect, image = steps.poisoned(chain, attack, seed), example_image(chain)
     example = trigger_example(chain, attack, seed)
     triggered = torch.from_numpy(example.image).permute(2, 0, 1)[None].to(chain.device)
     names, head = datasets.class_names(chain.settings.data), class_head(chain, suspect.clip)

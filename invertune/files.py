@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import uuid
@@ -16,6 +17,12 @@ from invertune.terminal import printable
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FULL = ("No space left", "quota exceeded")  # in the message of an error for a full disk
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -6,9 +6,10 @@ writes the committed ones from the published results.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -21,18 +22,27 @@ from invertune.figures import DPI
 from invertune.files import REPOSITORY
 from invertune.results import natural_order, read_paper, read_results
 from invertune.sections import NULLS, Settings
+from invertune.settings import load_settings
 
 ITEMS = REPOSITORY / "expected" / "items.yml"
 PAPER_NUMBERS = "paper_numbers.csv"
 MOST_LINES = 30  # a longer table is linked, not shown
 
 
-def page(profile: str, results: pd.DataFrame, folder: Path) -> str:
+def page(
+    profile: str,
+    results: pd.DataFrame,
+    folder: Path,
+    drawn: Collection[str] | None = None,
+    overridden: bool = False,
+) -> str:
     """The page as Markdown, of ``results`` as ``read_results`` gives them and files in ``folder``.
 
-    An item without files is listed as not run yet; exhibits that the paper does not have are shown
-    only if they are there.
+    ``drawn`` names the files that belong to these results, None: all. An item without any is
+    listed as not run yet; exhibits that the paper does not have are shown only if they are there.
+    ``overridden``: not all settings were the profile's.
     """
+    files = {path.name for path in folder.glob("*") if drawn is None or path.name in drawn}
     items, paper = yaml.safe_load(ITEMS.read_text()), _beside_paper(profile, results)
     notebooks = {item: name for name, printed in items["notebooks"].items() for item in printed}
     beside = (
@@ -44,7 +54,8 @@ def page(profile: str, results: pd.DataFrame, folder: Path) -> str:
     parts = [
         f"# Profile {profile}: claims, figures and tables",
         "This page shows what [the notebooks](../../notebooks) produced with "
-        f"[these settings](../../params/{profile}.yml) on {named_seeds(filter(None, results.seed))}"
+        f"[these settings](../../params/{profile}.yml){', some of them overridden,' * overridden} "
+        f"on {named_seeds(filter(None, results.seed))}"
         f" (attacks: {_named(results, 'attack')}; defenses: {_named(results, 'defense')}). Entries "
         "for several seeds are means; whiskers range from the lowest seed to the highest. "
         f"{beside}",
@@ -62,10 +73,13 @@ def page(profile: str, results: pd.DataFrame, folder: Path) -> str:
             about += f", {named_seeds(seeds[:1] if item in items['first_seed'] else seeds)}"
         if paper is not None and not (printed := paper[paper.paper_item == item]).empty:
             about += f", the paper's numbers: {counted(printed.verdict)}"
-        parts += [f"### {_name(item)}: {title}", *_shown(item, folder, items["reading"], about)]
+        parts += [
+            f"### {_name(item)}: {title}",
+            *_shown(item, folder, files, items["reading"], about),
+        ]
     parts.append("## Beyond the paper")
     for name, title in items["beyond"].items():
-        if found := _shown(name, folder, items["reading"]):
+        if found := _shown(name, folder, files, items["reading"]):
             parts += [f"### {title}", *found]
     return "\n\n".join(parts) + "\n"
 
@@ -73,15 +87,19 @@ def page(profile: str, results: pd.DataFrame, folder: Path) -> str:
 def write(settings: Settings, root: Path = REPOSITORY) -> Path:
     """Writes the page of a run, of the settings' seeds, beside its figures; returns its path.
 
+    Where run_all.sh ran notebooks, it shows what they drew only, not what was committed.
     Raises ``ResultsError`` where nothing of the profile has been run.
     """
     found = read_results(root / "results" / settings.profile / "results.csv", settings.profile)
     seeds = [str(seed) for seed in settings.seeds]
     path = root / "figures" / settings.profile / "README.md"
     results = found[found.seed.isin(seeds)]
+    stamps = (root / "results" / settings.profile / "notebooks").glob("*.done.json")
+    drawn = {name for stamp in stamps for name in json.loads(stamp.read_text())["figures"]}
+    plain = load_settings(settings.profile, {"seeds": settings.seeds})
     if (paper := _beside_paper(settings.profile, results)) is not None:
         paper.to_csv(path.with_name(PAPER_NUMBERS), index=False, lineterminator="\n")
-    path.write_text(page(settings.profile, results, path.parent))
+    path.write_text(page(settings.profile, results, path.parent, drawn or None, settings != plain))
     return path
 
 
@@ -124,19 +142,21 @@ def _claims(results: pd.DataFrame) -> list[str]:
     return parts
 
 
-def _shown(name: str, folder: Path, reading: Mapping[str, str], about: str = "") -> list[str]:
-    """Links, reading aid, chart and table of one item: what of it is in ``folder``."""
-    there = [s for s in ("csv", "tex", "pdf") if (folder / f"{name}.{s}").is_file()]
+def _shown(
+    name: str, folder: Path, files: Collection[str], reading: Mapping[str, str], about: str = ""
+) -> list[str]:
+    """Links, reading aid, chart and table of one item: what of it is among the ``files``."""
+    there = [s for s in ("csv", "tex", "pdf") if f"{name}.{s}" in files]
     chart = folder / f"{name}.png"
-    if not there and not chart.is_file():
+    if not there and chart.name not in files:
         return [f"{about}: not run yet."] if about else []
     links = " · ".join(f"[{suffix.upper()}]({name}.{suffix})" for suffix in there)
     parts = [" · ".join(filter(None, (about, links))), f"*What to look for:* {reading[name]}"]
-    if chart.is_file():
+    if chart.name in files:
         with Image.open(chart) as picture:  # at most 200 pixels an inch: sharp on fine screens
             width = round(picture.width * min(1, 200 / picture.info.get("dpi", (DPI, DPI))[0]))
         parts.append(f'<img src="{name}.png" width="{width}" alt="{name}">')
-    if (path := folder / f"{name}.md").is_file():
+    if (path := folder / f"{name}.md").name in files:
         text = path.read_text().strip()
         lines = text.count("\n") - 1
         parts.append(text if lines <= MOST_LINES else f"[{lines} lines]({path.name})")

@@ -170,11 +170,13 @@ def _rate(results: pd.DataFrame, case: Case, **where: str) -> list[float]:
     return list(tables.select(results, **wanted).value)
 
 
-def accuracy_table(found: Sequence[Case], results: pd.DataFrame, item: str) -> pd.DataFrame:
+def accuracy_table(
+    found: Sequence[Case], main: Chain, results: pd.DataFrame, item: str
+) -> pd.DataFrame:
     """Table 4 or 5: a line per defense, CA and ASR per case (means over seeds)."""
     chosen = [case for case in found if case.item == item]
     lines = []
-    for defense in ("none", *found[0].chain.settings.generalization.defenses):
+    for defense in ("none", *main.settings.generalization.defenses):
         line: dict[str, Any] = {"defense": tables.label("defense", defense)}
         for case, metric in itertools.product(chosen, ("ca", "asr")):
             where = {"paper_item": item, "defense": defense, "metric": metric}

@@ -95,15 +95,13 @@ def fourier_wave(view: View, settings: Identification, seed: int) -> Tensor:
     The single-Fourier attack (Tsuzuku and Sato, CVPR 2019): of all wave vectors of at most
     ``wave_cycles`` cycles per image, at amplitude ``wave_amplitude``, the best one; no gradients.
     """
-    size, device, limit = view.clip.image_size, view.clip.device, settings.wave_cycles
+    size, device = view.clip.image_size, view.clip.device
     rows = batch_indices(len(view.images), settings.batch, seed, 0)
     pixels = to_pixels(view.images[rows], device)
     y, x = torch.meshgrid(*[torch.arange(size, device=device) / size] * 2, indexing="ij")
     waves = [
-        settings.wave_amplitude * torch.cos(2 * math.pi * (up * y + across * x) - math.pi / 4)
-        for up in range(limit + 1)
-        for across in range(-limit, limit + 1)
-        if (up, across) > (0, 0) and math.hypot(up, across) <= limit
+        settings.wave_amplitude * torch.cos(2 * math.pi * (down * y + across * x) - math.pi / 4)
+        for down, across in settings.waves
     ]
 
     def cosine(wave: Tensor) -> float:

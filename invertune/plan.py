@@ -140,7 +140,10 @@ def invertune_passes(settings: Settings) -> dict[str, int]:
     """Exposures of InverTune's steps on one suspected model, at most."""
     step1, step3 = settings.identification, settings.tuning
     return {
-        "perturbations": len(step1.kinds) * _exposures(step1),
+        "perturbations": sum(
+            len(step1.waves) * step1.batch if kind == "fourier" else _exposures(step1)
+            for kind in step1.kinds
+        ),
         "candidate check": step1.candidates * step1.check_steps * step1.batch,
         "inversion": _exposures(settings.inversion),
         "tuning": len(step3.lrs) * _exposures(step3),

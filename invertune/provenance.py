@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import resource
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
 from invertune.files import REPOSITORY
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "safetensors", "numpy")
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -174,7 +174,7 @@ def trigger_figure(chain: Chain) -> Figure:
     """A clean image, the same with the inverted trigger, and the trigger alone."""
     seed, part = chain.settings.seeds[0], "heldout"
     example = exhibits.trigger_example(chain, SUSPECT, seed, inverted=True, part=part)
-    image = exhibits.example_images(chain, part)[:1]
+    image = exhibits.example_image(chain, part)
     clean = exhibits.as_picture(to_pixels(image, chain.device)[0])
     shown = {"clean": clean, "with the trigger": example.image, "trigger": example.trigger}
     figure, axes = figures.canvas(1, len(shown), figures.COLUMN_IN, 1.3)

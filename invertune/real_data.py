@@ -21,7 +21,8 @@ from torch import Tensor
 
 from invertune import distributed
 from invertune.cc3m import PAIR_PARTS, caption_source, pair_samples
-from invertune.decoding import decode_all, map_images
+from invertune.decoding import CHUNK, JOURNAL, decode_all, map_images
+from invertune.files import file_hash
 from invertune.layouts import (
     CAPTIONS,
     EXPECTED,
@@ -42,7 +43,6 @@ from invertune.layouts import (
     wordnet_folder,
 )
 from invertune.metrics import word_matches
-from invertune.provenance import file_hash
 from invertune.sections import OWN_IMAGES, Data, Settings
 from invertune.store import Artifact, Made, no_link, obtain
 from invertune.terminal import printable
@@ -302,11 +302,13 @@ def _decoded(chosen: Chosen, name: str, count: int, size_px: int, store: Path, w
             f"the decoded images for {name} take {needed / 1e9:.1f} GB, but {store} has "
             f"{free / 1e9:.1f} GB free; set INVERTUNE_STORE to a larger disk"
         )
-    order = decode_all(chosen.samples, size_px, file, work, f"decoding {name}, by 256")
+    order = decode_all(chosen.samples, size_px, file, work, f"decoding {name}, by {CHUNK:,}")
     notes = chosen.notes
     if lost := sorted(set(range(len(chosen.samples))).difference(order)):
         first = chosen.samples[lost[0]].name
         notes = (*notes, f"images that cannot be read: {len(lost):,}, the first is {first}")
+    if len(order) < SHARE * count:
+        (work / JOURNAL).unlink()  # for the images to be read again when they are mended
     _require(name, len(order), count, notes)
     found = f"{name}: {len(order):,} of {count:,} images found"
     print(printable("; ".join((found, *notes))), flush=True)

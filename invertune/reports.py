@@ -101,27 +101,28 @@ def identification_rows(chain: Chain) -> Rows:
     """Notebook 02: rank of the true target among the candidates and by its increase alone, and the
     twenty largest increases of every kind.
     """
-    names = datasets.class_names(chain.settings.data)
+    names = datasets.distinct_names(chain.settings.data)
     rows: Rows = []
     for attack, seed in suspects(chain.settings, nulls=True):
         done = steps.identified(chain, attack, seed)
         base = shared_columns(chain, attack, seed, done.key, task="zeroshot")
-        rows += candidate_rows(chain, done, base)
+        table = IDENTIFICATION_TABLES.get(attack)
+        rows += candidate_rows(chain, done, base, table or "extra")
         gains = largest_increases(chain, attack, seed)
         rank = 1 + sum(gain > gains[chain.settings.target] for gain in gains.values())
         rows.append(metric_row(base, "increase_rank", rank))
-        rows += _increase_rows(
-            steps.increases(done), names, IDENTIFICATION_TABLES.get(attack), base
-        )
+        rows += _increase_rows(steps.increases(done), names, table, base)
     return rows
 
 
-def candidate_rows(chain: Chain, done: Artifact, base: dict[str, Any]) -> Rows:
-    """The true target's rank (the last, where it is no candidate), and every candidate's mask."""
+def candidate_rows(chain: Chain, done: Artifact, base: dict[str, Any], item: str = "extra") -> Rows:
+    """The true target's rank (the last, where it is no candidate) as a number of ``item``, and
+    every candidate's mask.
+    """
     ranking, names = done.metrics["ranking"], class_list(chain)
     known = names.index(chain.settings.target) if chain.settings.target in names else None
     rank = ranking.index(known) + 1 if known in ranking else len(names)
-    rows = [metric_row(base, "target_rank", rank)]
+    rows = [metric_row(base, "target_rank", rank, paper_item=item)]
     for place, (label, score) in enumerate(zip(ranking, done.metrics["scores"], strict=True)):
         variant = {"candidate": place + 1, "class": names[label]}
         rows.append(metric_row(base, "mask_l1", mask_size(chain, score), variant=variant))
@@ -150,7 +151,7 @@ def largest_increases(chain: Chain, attack: str, seed: int) -> dict[str, float]:
     """Class name to its largest increase over the kinds of perturbation, in points."""
     found = steps.increases(steps.identified(chain, attack, seed))
     points = target_identification.largest_increases(found)
-    return dict(zip(datasets.class_names(chain.settings.data), points.tolist(), strict=True))
+    return dict(zip(datasets.distinct_names(chain.settings.data), points.tolist(), strict=True))
 
 
 def inversion_rows(chain: Chain) -> Rows:
@@ -166,9 +167,11 @@ def inversion_rows(chain: Chain) -> Rows:
         rows.append(metric_row(figure, "inverted_asr", fake))
         sizes[attack, seed] = size = found.metrics["mask_l1_at_equal_asr"]  # None: never reached
         rows.append(metric_row(base, "mask_l1", mask_size(chain, size)))
-        if attack != "none" and (null := sizes["none", seed]):
+        if attack != "none":
             right = found.metrics["target"] == chain.target  # a wrong target's mask proves nothing
-            mask = mask_size(chain, size if right else None)
+            mask, null = (
+                mask_size(chain, s) for s in (size if right else None, sizes["none", seed])
+            )
             rows.append(metric_row(base, "mask_l1_ratio", mask / null))
         if model.trigger is not None:
             real = rates(evaluated(chain, model, model.trigger, model.key, seed))

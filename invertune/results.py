@@ -60,7 +60,7 @@ METRICS = {
     "layer_overlap": "ratio",  # selected layers shared with 06's attack, over those of either
     "critical_neurons": "neurons",
     "images_available": "images",  # clean images a defense may use
-    "images_seen": "passes",  # images it was trained on, each as often as shown, at all rates tried
+    "images_seen": "passes",  # clean images, each as often as shown, at all rates tried
 }
 
 TASKS = ("zeroshot", "retrieval")

@@ -12,6 +12,7 @@ from invertune import tables
 from invertune.chain import Chain
 from invertune.metrics import Rate
 from invertune.results import row
+from invertune.sections import NULLS
 from invertune.store import Artifact
 
 Rows = list[dict[str, str]]  # as ``results.row`` makes them
@@ -19,12 +20,15 @@ TASK_KS = (("zeroshot", "1"), ("retrieval", "10"))  # with the k of Table 1
 
 
 def own_rows(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
-    """The rows of this profile's backbone and target (notebook 06 adds others), of every item.
+    """The rows of this profile's backbone, target and attacks, of every item.
+
+    Notebook 06 adds other backbones and targets, an earlier run perhaps other attacks.
 
     The size of a mask that never reached the ASR floor is infinite.
     """
     settings = chain.settings
     rows = results[(results.backbone == settings.backbone) & (results.target == settings.target)]
+    rows = rows[rows.attack.isin([*NULLS, *settings.attacks.names])]
     never = (rows.metric == "mask_l1") & (rows.value == full_mask(chain))
     return rows.assign(value=rows.value.mask(never, np.inf))
 

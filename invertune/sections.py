@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import GenericAlias
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
@@ -140,7 +141,7 @@ Kind = Literal[
 class Identification(Section):
     """Step 1 (paper, section 3.1)."""
 
-    kinds: tuple[Kind, ...]
+    kinds: Annotated[tuple[Kind, ...], Field(min_length=1)]
     patch_px: Count
     ball_radius: Rate
     wave_amplitude: Rate
@@ -152,6 +153,17 @@ class Identification(Section):
     candidates: Count
     check_steps: Count
     check_lr: Rate
+
+    @property
+    def waves(self) -> list[tuple[int, int]]:
+        """The wave vectors (down, across) that the kind "fourier" tries, in cycles per image."""
+        limit = self.wave_cycles
+        return [
+            (down, across)
+            for down in range(limit + 1)
+            for across in range(-limit, limit + 1)
+            if (down, across) > (0, 0) and math.hypot(down, across) <= limit
+        ]
 
 
 class Inversion(Section):

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from invertune import distributed, provenance
-from invertune.files import REPOSITORY, full_disk, hold, open_lock, sync
+from invertune.files import REPOSITORY, file_hash, full_disk, hold, open_lock, sync
 from invertune.terminal import printable
 
 METRICS, META = "metrics.json", "meta.json"
@@ -243,7 +243,7 @@ def _write(folder: Path, tensors: Tensors, metrics: Values, meta: Values) -> Non
         copies = {k: t.detach().cpu().contiguous().clone() for k, t in group.items()}
         save_file(copies, folder / f"{stem}.safetensors")
     (folder / METRICS).write_text(_pretty(_plain(metrics, "metrics")))
-    files = {p.name: provenance.file_hash(p) for p in sorted(folder.iterdir())}
+    files = {p.name: file_hash(p) for p in sorted(folder.iterdir())}
     (folder / META).write_text(_pretty({**meta, "files": files}))
     for path in (*folder.iterdir(), folder):
         sync(path)
@@ -275,7 +275,7 @@ def damage(folder: Path) -> str | None:
     for name, digest in files.items():
         if not os.path.isfile(folder / name):
             return f"{name} is missing"
-        if provenance.file_hash(folder / name) != digest:
+        if file_hash(folder / name) != digest:
             return f"{name} does not have the recorded SHA-256"
     return None
 

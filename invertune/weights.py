@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
 from invertune.checkpoints import import_checkpoint
-from invertune.files import REPOSITORY, locked, write_atomic
+from invertune.files import REPOSITORY, file_hash, locked, write_atomic
 from invertune.models import (
     CONFIG,
     MERGES,
@@ -36,7 +36,6 @@ from invertune.models import (
     set_state,
     text_features,
 )
-from invertune.provenance import file_hash
 from invertune.sections import BACKBONES, EMBEDDED
 
 OPENAI = "openai"

@@ -34,10 +34,9 @@ def test_table_1_has_a_line_per_task_metric_and_defense(chain: Chain, rows: pd.D
     missed = tables.gate_missed(rows, chain.settings.attacks)
     assert list(table.columns) == ["task", "metric", "defense", "Blended" + "*" * bool(missed)]
     assert list(table.defense) == ["No defense", "FT", "PAR", "InverTune"] * 4
-    elsewhere = rows.assign(backbone="RN101", value=0.0)
-    pd.testing.assert_frame_equal(comparison.table1(chain, pd.concat([rows, elsewhere])), table)
-    paper = read_paper()
-    assert comparison.table1(chain, paper).shape == (24, 9)
+    others = [rows.assign(value=0.0, **{name: "badnet"}) for name in ("backbone", "attack")]
+    pd.testing.assert_frame_equal(comparison.table1(chain, pd.concat([rows, *others])), table)
+    assert comparison.table1(chain, read_paper()).shape == (24, 4)
     shifted = rows.assign(seed="1", value=rows.value + 2)
     several = comparison.table1(chain, pd.concat([rows, shifted]))
     first = table.iloc[0, 3]

@@ -12,8 +12,13 @@ DATA = load_settings("mini").data
 
 
 def test_an_unknown_class_is_named() -> None:
-    with pytest.raises(DataError, match="class 'mushrom' is not in the list of 210 classes"):
+    with pytest.raises(DataError, match=r"'mushrom' is not in .* 210 classes \(near: mushroom"):
         datasets.class_index(DATA, "mushrom")
+
+
+def test_a_name_that_stands_twice_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "class_names", lambda _: ("missile", "ski", "missile"))
+    assert datasets.distinct_names(DATA) == ("missile", "ski", "missile (2)")
 
 
 def test_target_captions_all_mention_the_target(tmp_path: Path) -> None:

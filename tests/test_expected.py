@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from notebook_rows import ROWS
 
-from invertune import ablations, comparison, generalization, passing_claims, reports, steps
 from invertune import chain as chains
 from invertune import data as datasets
+from invertune import passing_claims, reports, steps, triggers
 from invertune.evaluation import RECALL_KS
 from invertune.files import REPOSITORY
-from invertune.sections import BACKBONES, EMBEDDED, SWEEPS, Settings
+from invertune.sections import BACKBONES, EMBEDDED, Settings
 from invertune.settings import load_settings, sweep_values
 from invertune.store import artifact_key
 from invertune.weights import load_clip, locked_hash
@@ -34,19 +35,6 @@ RATE_NAMES = [
     *("zeroshot.asr_all.1", "retrieval.asr.10"),
     *(f"retrieval.t2i.{k}" for k in RECALL_KS),
 ]
-
-
-OWN = load_settings("mini").ablations
-ABLATIONS = (  # as notebook 07 calls them
-    *(
-        lambda c, s=sweep: ablations.SWEEP_ROWS[s.step](c, getattr(OWN, s.attacks), s.names, s.item)
-        for sweep in SWEEPS.values()
-    ),
-    lambda c: ablations.table3_rows(c, OWN.perturbation_attacks),
-    lambda c: ablations.round_rows(c, OWN.round_attacks),
-    ablations.update_rows,
-    ablations.perturbation_rows,
-)
 
 
 def published(profile: str = "mini") -> list[dict[str, str]]:
@@ -112,21 +100,12 @@ def named_keys(
         )
 
     patch.setattr(chains, "obtain", name_only)
-    patch.setattr(ablations.triggers, "required", lambda trigger, _: trigger)
+    patch.setattr(triggers, "required", lambda trigger, _: trigger)
     if settings.weights == EMBEDDED:
         for module in (steps, reports, passing_claims):
             patch.setattr(module, "pretrained", lambda c: clean[c.settings.backbone])
-    makers = [
-        reports.attack_rows,
-        reports.identification_rows,
-        reports.inversion_rows,
-        reports.tuning_rows,
-        comparison.comparison_rows,
-        comparison.rebound_rows,
-    ]
-    if settings.profile == "mini":
-        makers += [generalization.generalization_rows, passing_claims.passing_rows, *ABLATIONS]
-    return {row["key"] for make in makers for row in make(chain)}
+    ran = [name for name in ROWS if settings.profile == "mini" or name < "06"]
+    return {row["key"] for name in ran for make in ROWS[name] for row in make(chain)}
 
 
 def stale(

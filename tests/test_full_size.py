@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import alive
 from torch import Tensor, nn
 
 from invertune import triggers
@@ -19,14 +20,7 @@ from invertune.attacks import ATTACKS, Poisoned, Victim
 from invertune.baselines import trained
 from invertune.data import Pairs
 from invertune.metrics import attack_success_rate, clean_accuracy, predictions, recall_at_k
-from invertune.models import (
-    Clip,
-    embed_images,
-    embed_texts,
-    image_features,
-    to_pixels,
-    zero_shot_head,
-)
+from invertune.models import Clip, embed_images, embed_texts, to_pixels, zero_shot_head
 from invertune.sections import BACKBONES
 from invertune.settings import load_settings
 from invertune.target_identification import identify
@@ -69,25 +63,11 @@ class Case:
         return Victim(self.clip, pairs, ("a mushroom",), self.images[:1])
 
 
-def alive(clip: Clip, images: Tensor) -> Clip:
-    """A new ResNet's residual branches are switched off, and its BN statistics fit no input."""
-    norms = [m for m in clip.net.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        nn.init.uniform_(norm.weight, 0.5, 1.0)
-        norm.momentum = 1.0
-    if norms:
-        clip.net.train()
-        with torch.no_grad():
-            image_features(clip, to_pixels(images, clip.device))
-    clip.net.eval()
-    return clip
-
-
 @pytest.fixture(scope="module", params=BACKBONES)
 def case(request: pytest.FixtureRequest) -> Case:
     torch.manual_seed(0)
     images = torch.randint(0, 256, (IMAGES, 3, 224, 224), dtype=torch.uint8)
-    clip = alive(random_clip(request.param, "openai"), images)
+    clip = alive(random_clip(request.param, "openai"), to_pixels(images, "cpu"))
     features = embed_images(clip, images)
     head = nn.functional.normalize(torch.randn(8, features.shape[1]), dim=1)
     predicted = predictions(features, head)

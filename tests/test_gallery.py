@@ -47,7 +47,22 @@ def test_a_run_shows_its_own_seeds(tmp_path: Path) -> None:
     results.write_rows(rows, tmp_path / "results" / "mini" / "results.csv")
     path = gallery.write(load_settings("mini", {"seeds": [5]}), tmp_path)
     assert path == tmp_path / "figures" / "mini" / "README.md"
-    assert "05_baselines.ipynb), seed 5 · " in path.read_text()
+    page = path.read_text()
+    assert "05_baselines.ipynb), seed 5 · " in page and "overridden" not in page
+
+
+def test_a_run_shows_only_what_it_drew(tmp_path: Path) -> None:
+    figures, notebooks = tmp_path / "figures" / "mini", tmp_path / "results" / "mini" / "notebooks"
+    figures.mkdir(parents=True)
+    for name in ("table1.csv", "table12.csv"):
+        (figures / name).touch()
+    results.write_rows([row("none", 5)], tmp_path / "results" / "mini" / "results.csv")
+    notebooks.mkdir()
+    (notebooks / "05_baselines.done.json").write_text('{"figures": {"table1.csv": "0"}}')
+    settings = load_settings("mini", {"seeds": [5], "tuning": {"beta": 0.25}})
+    page = gallery.write(settings, tmp_path).read_text()
+    assert "(table1.csv)" in page and "(table12.csv)" not in page
+    assert "mini.yml), some of them overridden, on seed 5" in page
 
 
 def test_on_the_papers_data_every_number_stands_beside_its_own(tmp_path: Path) -> None:

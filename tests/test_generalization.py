@@ -59,7 +59,9 @@ def test_rows_of_a_case_belong_to_its_table_and_its_place(
     cases = generalization.cases(chain)
     line = generalization.describe(cases).splitlines()[-1]
     assert "RN101" in line and NOT_SHIPPED in line and "pretrain RN101" in line
-    table4, table5 = (generalization.accuracy_table(cases, rows, i) for i in ("table4", "table5"))
+    table4, table5 = (
+        generalization.accuracy_table(cases, chain, rows, i) for i in ("table4", "table5")
+    )
     assert (table5["RN101 CA"] == NOT_SHIPPED).all() and table4["banana ASR"].between(0, 100).all()
     chosen = generalization.case_table(cases, chain)
     assert list(chosen["attack"] == NOT_SHIPPED) == [False, True]

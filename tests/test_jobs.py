@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from conftest import QUICK_CASES
+from notebook_rows import ROWS
 
-from invertune import ablations, comparison, generalization, jobs, passing_claims, reports
 from invertune import data as datasets
+from invertune import jobs
 from invertune.__main__ import main
 from invertune.chain import Model, open_chain
 from invertune.plan import planned
-from invertune.sections import SWEEPS
 from invertune.settings import load_settings
 from invertune.store import entries
 
@@ -37,30 +37,6 @@ ONE_ATTACK = {
 }
 
 
-def rows_of(notebook: str, chain: object) -> None:
-    """What the notebook's own cells compute."""
-    own = chain.settings.ablations
-    {
-        "01_attacks": lambda: reports.attack_rows(chain),
-        "02_target_identification": lambda: reports.identification_rows(chain),
-        "03_trigger_inversion": lambda: reports.inversion_rows(chain),
-        "04_activation_tuning": lambda: reports.tuning_rows(chain),
-        "05_baselines": lambda: (comparison.comparison_rows(chain), comparison.rebound_rows(chain)),
-        "06_generalization": lambda: (
-            generalization.generalization_rows(chain),
-            passing_claims.passing_rows(chain),
-        ),
-        "07_ablations": lambda: (
-            *(
-                ablations.SWEEP_ROWS[s.step](chain, getattr(own, s.attacks), s.names, s.item)
-                for s in SWEEPS.values()
-            ),
-            ablations.table3_rows(chain, own.perturbation_attacks),
-            ablations.round_rows(chain, own.round_attacks),
-        ),
-    }[notebook]()
-
-
 def test_a_notebook_computes_nothing_but_evaluations_after_its_calls(tmp_path, monkeypatch):
     (tmp_path / "templates.json").write_text('["a picture of {}"]')
     monkeypatch.setattr(datasets, "TEMPLATES", tmp_path / "templates.json")
@@ -77,7 +53,8 @@ def test_a_notebook_computes_nothing_but_evaluations_after_its_calls(tmp_path, m
                 patch.setattr(Model, "clip", property(lambda model: pytest.fail(model.name)))
             assert jobs.missing(chain.settings, notebook) == []  # and no model was loaded
         before = {a.key for a in entries(chain.store)}
-        rows_of(notebook, chain)
+        for rows in ROWS[notebook]:
+            rows(chain)
         made = {a.meta["step"] for a in entries(chain.store) if a.key not in before}
         assert made <= {"evaluation", "scores"}, notebook
 

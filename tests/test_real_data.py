@@ -331,6 +331,20 @@ def test_damage_is_counted_and_skipped(root, tmp_path, capsys) -> None:
     assert "damaged shards: 00001.tar, 00002.tar" in printed
 
 
+def test_mended_images_are_read_again_and_a_failing_disk_is_no_damage(
+    root, tmp_path, monkeypatch
+) -> None:
+    def broken(content: bytes, size_px: int) -> np.ndarray:
+        raise ValueError
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="cannot be read: 12"):
+        patch.setattr(decoding, "decode_image", broken)
+        datasets.retrieval_scenes(DATA, tmp_path / "store")
+    assert len(datasets.retrieval_scenes(DATA, tmp_path / "store").images) == 12
+    with pytest.raises(FileNotFoundError, match=r"lost\.jpg"):
+        decoding.pixels_of(Sample("lost", str(tmp_path / "lost.jpg")), SIZE)
+
+
 def _header(size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
     """A tar header with ``size`` in base 256, where it may be anything."""
     member = tarfile.TarInfo("0.jpg")

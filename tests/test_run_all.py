@@ -196,6 +196,9 @@ for part in range(3):
     work = lambda _: ({{"w": {{"x": torch.randn(3)}}}}, {{"seconds": time.time()}})
     obtain(default_root(), f"part{{part}}", 1, {{}}, [], "d", work, settings.seeds[0])
 (out / "left.txt").write_text("done")
+figures = Path("figures") / settings.profile
+figures.mkdir(parents=True, exist_ok=True)
+(figures / "table1.md").write_text("| ASR |")
 """
 
 
@@ -251,10 +254,14 @@ def test_a_second_run_does_nothing_until_something_changes(tmp_path):
     assert code == 0 and out.count("\n") == 1 and "finished before, nothing to do" in out
     assert executed.stat().st_mtime_ns == first
 
-    (root / "results" / "smoke" / "left.txt").unlink()  # a lost file is made again
+    lost = root / "results" / "smoke" / "left.txt"
+    changed = root / "figures" / "smoke" / "table1.md"
+    lost.unlink()
     code, out, _ = finish(start(root, "smoke"))
-    assert code == 0 and out.count("stored (") == 0
-    assert (root / "results" / "smoke" / "left.txt").exists() and stored(root) == before
+    assert code == 0 and out.count("stored (") == 0 and lost.exists() and stored(root) == before
+    changed.write_text("another run's")
+    code, out, _ = finish(start(root, "smoke"))
+    assert code == 0 and out.count("stored (") == 0 and changed.read_text() == "| ASR |"
 
     code, out, _ = finish(start(root, "smoke", "--seeds", "5"))
     assert code == 0 and out.count("stored (") == 3 and len(stored(root)) == 6

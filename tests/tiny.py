@@ -7,16 +7,20 @@ from invertune.models import MODEL_FOLDER, Clip, build_clip, image_features
 
 
 def tiny(backbone: str) -> Clip:
-    """A random CLIP whose residual branches are alive and whose BN statistics fit its inputs."""
+    """A random CLIP of an embedded shape, ``alive`` for ``pixels``."""
     torch.manual_seed(0)
-    clip = build_clip(MODEL_FOLDER / backbone, backbone)
+    return alive(build_clip(MODEL_FOLDER / backbone, backbone), pixels(8))
+
+
+def alive(clip: Clip, pixels: Tensor) -> Clip:
+    """A new ResNet's residual branches are switched off, and its BN statistics fit no input."""
     for module in clip.net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.0)
             module.momentum = 1.0
     clip.net.train()
     with torch.no_grad():
-        image_features(clip, pixels(8))
+        image_features(clip, pixels)
     clip.net.eval()
     return clip
 

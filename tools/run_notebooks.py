@@ -7,6 +7,7 @@ the store, so a notebook that must run again finds there what it had.
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
 import os
@@ -19,8 +20,8 @@ from typing import Any
 
 from invertune.__main__ import explain, show_plan
 from invertune.arguments import add_options, add_run_options, overrides_of
-from invertune.files import REPOSITORY, hold, open_lock, write_atomic
-from invertune.sections import Settings
+from invertune.files import REPOSITORY, file_hash, hold, open_lock, write_atomic
+from invertune.sections import PICTOGRAMS, Settings
 from invertune.settings import SettingsError, load_settings, stay_offline
 from invertune.terminal import quiet_in_a_log
 
@@ -113,13 +114,13 @@ def run_all(
             continue
         print(f"{notebook.stem}: running", flush=True)
         stamp.unlink(missing_ok=True)
-        start = time.perf_counter()
+        start = time.time()
         _fill(notebook.stem, settings, jobs)
         execute(notebook, output, {"profile": settings.profile, "overrides": overrides}, root)
-        _page(settings, root)
-        left = {"inputs": inputs, **_left(settings.profile, root, store)}
+        left = {"inputs": inputs, **_left(settings.profile, root, store, start)}
         write_atomic(stamp, json.dumps(left).encode())
-        print(f"{notebook.stem}: done in {time.perf_counter() - start:.0f} s", flush=True)
+        _page(settings, root)
+        print(f"{notebook.stem}: done in {time.time() - start:.0f} s", flush=True)
 
 
 def _fill(notebook: str, settings: Settings, count: int | None) -> None:
@@ -162,6 +163,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], root: Path
             progress_bar=False,
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
+            coalesce_streams=True,  # of a progress bar, only its last state
             extra_arguments=["--log-level=ERROR"],  # not: "running over TCP without encryption"
         )
     except papermill.PapermillExecutionError as error:
@@ -188,25 +190,53 @@ def _inputs(notebook: Path, settings: Settings) -> str:
     for path in sorted(p for p in (REPOSITORY / "data").rglob("*") if p.is_file()):
         status = path.stat()
         digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    if settings.data.source != PICTOGRAMS:
+        from invertune import data  # imports torch, which the embedded data need not wait for
+
+        digest.update(data.manifest(settings.data).encode())
     return digest.hexdigest()
 
 
-def _left(profile: str, root: Path, store: Path) -> dict[str, list[str]]:
-    """What stands there when a notebook has ended: result files and stored artifacts."""
-    folders = (root / "figures" / profile, root / "results" / profile)
-    files = [p for f in folders for p in sorted(f.glob("*")) if p.name[0] != "."]
-    artifacts = sorted(p.name for p in store.glob("?" * 64))
-    return {"files": [str(p.relative_to(root)) for p in files], "artifacts": artifacts}
+def _left(profile: str, root: Path, store: Path, start: float) -> dict[str, Any]:
+    """What a notebook that began at ``start`` has left: the hash of every table and figure, and
+    whose numbers, result files and artifacts stand there.
+    """
+    folder, results = root / "figures" / profile, root / "results" / profile
+    drawn = [p for p in sorted(folder.glob("*")) if p.stat().st_mtime >= start]
+    return {
+        "figures": {p.name: file_hash(p) for p in drawn},
+        "files": sorted(p.name for p in results.glob("*") if p.name[0] != "."),
+        "numbers": sorted(_numbers(results)),
+        "artifacts": sorted(p.name for p in store.glob("?" * 64)),
+    }
+
+
+def _numbers(results: Path) -> set[str]:
+    """The artifacts that the rows of results.csv came from."""
+    path = results / "results.csv"
+    if not path.is_file():
+        return set()
+    with path.open() as file:
+        return {row["key"] for row in csv.DictReader(file)}
+
+
+def _is(path: Path, digest: str) -> bool:
+    return path.is_file() and file_hash(path) == digest
 
 
 def _finished(stamp: Path, inputs: str, root: Path, store: Path) -> bool:
-    """Whether the notebook ran to its end on the same inputs and all it left is still there."""
+    """Whether the notebook ran to its end on the same inputs and all it left is as it was."""
     if not stamp.is_file() or not stamp.with_suffix("").with_suffix(".ipynb").is_file():
         return False
-    left = json.loads(stamp.read_text())
-    there = all((root / name).exists() for name in left["files"])
+    left, results = json.loads(stamp.read_text()), stamp.parents[1]
+    if left["inputs"] != inputs:
+        return False
+    figures = root / "figures" / results.name
     return (
-        left["inputs"] == inputs and there and all((store / k).is_dir() for k in left["artifacts"])
+        all(_is(figures / name, digest) for name, digest in left["figures"].items())
+        and all((results / name).exists() for name in left["files"])
+        and _numbers(results).issuperset(left["numbers"])
+        and all((store / key).is_dir() for key in left["artifacts"])
     )
 
 

@@ -1,0 +1,33 @@
+"""What the notebooks' own cells compute, as lists of calls of a chain."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from invertune import ablations, comparison, generalization, passing_claims, reports
+from invertune.chain import Chain
+from invertune.rows import Rows
+from invertune.sections import SWEEPS, Sweep
+
+
+def _sweep_rows(sweep: Sweep, chain: Chain) -> Rows:
+    attacks = getattr(chain.settings.ablations, sweep.attacks)
+    return ablations.SWEEP_ROWS[sweep.step](chain, attacks, sweep.names, sweep.item)
+
+
+ROWS: dict[str, list[Callable[[Chain], Rows]]] = {
+    "01_attacks": [reports.attack_rows],
+    "02_target_identification": [reports.identification_rows],
+    "03_trigger_inversion": [reports.inversion_rows],
+    "04_activation_tuning": [reports.tuning_rows],
+    "05_baselines": [comparison.comparison_rows, comparison.rebound_rows],
+    "06_generalization": [generalization.generalization_rows, passing_claims.passing_rows],
+    "07_ablations": [
+        *(functools.partial(_sweep_rows, sweep) for sweep in SWEEPS.values()),
+        lambda chain: ablations.table3_rows(chain, chain.settings.ablations.perturbation_attacks),
+        lambda chain: ablations.round_rows(chain, chain.settings.ablations.round_attacks),
+        ablations.update_rows,
+        ablations.perturbation_rows,
+    ],
+}
