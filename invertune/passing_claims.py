@@ -108,7 +108,7 @@ def similarity_rank(chain: Chain, name: str) -> int:
 def uniformity(counts: Tensor) -> tuple[float, float]:
     """Entropy of predicted ``counts`` [C] over log C (1: uniform); the largest share in percent."""
     evenness = float(entropy(counts, base=len(counts)))
-    return min(evenness, 1.0), 100 * float(counts.max() / counts.sum())
+    return min(evenness, 1.0), 100 * float(counts.max().double() / counts.sum())
 
 
 def uniformity_rows(chain: Chain) -> Rows:
