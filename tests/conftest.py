@@ -1,6 +1,8 @@
 """Tests are quiet; settings that several of them share."""
 
 import os
+import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
@@ -30,6 +32,14 @@ QUICK_CASES = {
     "baselines": {"ft": {"steps": 1, "lrs": [0.002, 0.001]}},
     "generalization": {"backbones": ["RN101"], "baseline_lrs": 1},
 }
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Waits for something that another process does."""
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: waited for 240 s in vain"
+        time.sleep(0.02)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

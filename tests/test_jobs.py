@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import QUICK_CASES
+from conftest import QUICK_CASES, wait_until
 from notebook_rows import ROWS
 
 from invertune import data as datasets
@@ -116,11 +116,10 @@ def test_no_process_is_started_where_the_store_has_everything(tmp_path, monkeypa
 
 def test_the_processes_end_with_the_one_that_started_them(tmp_path):
     started = fill(tmp_path, "--only", "01", "--jobs", "2")
-    running, deadline = [], time.monotonic() + 120
-    while len(running) < 4:  # two, what starts them, and what tracks their resources
-        assert time.monotonic() < deadline and started.poll() is None
-        running = psutil.Process(started.pid).children(recursive=True)
-        time.sleep(0.05)
+    children = functools.partial(psutil.Process(started.pid).children, recursive=True)
+    # two, what starts them, and what tracks their resources
+    wait_until(lambda: len(children()) >= 4, "the processes run")
+    running = children()
     started.kill()
     started.communicate()
     _, alive = psutil.wait_procs(running, timeout=120)

@@ -7,11 +7,11 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUNNER = """
@@ -233,10 +233,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 def wait_for_part(root: Path, part: int) -> None:
     began = root / "results" / "smoke" / "began"
-    deadline = time.monotonic() + 240
-    while not (began.exists() and str(part) in began.read_text().split()):
-        assert time.monotonic() < deadline, "the notebook did not get that far"
-        time.sleep(0.02)
+    wait_until(lambda: began.exists() and str(part) in began.read_text().split(), f"part {part}")
 
 
 def stored(root: Path) -> dict[str, bytes]:

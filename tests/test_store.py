@@ -7,12 +7,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -315,10 +315,10 @@ def start(root: Path, hold: int = 100) -> subprocess.Popen[str]:
 
 
 def wait_for_step(root: Path, step: int) -> None:
-    deadline = time.monotonic() + 240
-    while not any(str(step) in p.read_text().split() for p in root.glob(".work/*/steps")):
-        assert time.monotonic() < deadline, "the step did not get that far"
-        time.sleep(0.01)
+    files = ".work/*/steps"
+    wait_until(
+        lambda: any(str(step) in p.read_text().split() for p in root.glob(files)), f"step {step}"
+    )
 
 
 def test_killed_at_several_points_it_resumes_and_ends_with_the_same_numbers(tmp_path):

@@ -6,11 +6,11 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import wait_until
 
 from invertune.settings import load_settings
 
@@ -53,10 +53,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 def kill_job(folder: Path) -> None:
     """Kills the running notebook of the cell, as a cluster does at its time limit."""
     notebook = folder / CELL.with_suffix(".ipynb")
-    deadline = time.monotonic() + 200
-    while not notebook.exists():
-        assert time.monotonic() < deadline, "the job did not start"
-        time.sleep(0.05)
+    wait_until(notebook.exists, "the job starts")
     found = 0
     for process in Path("/proc").glob("[0-9]*"):
         try:
