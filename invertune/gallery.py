@@ -95,7 +95,7 @@ def write(settings: Settings, root: Path = REPOSITORY) -> Path:
     path = root / "figures" / settings.profile / "README.md"
     results = found[found.seed.isin(seeds)]
     stamps = (root / "results" / settings.profile / "notebooks").glob("*.done.json")
-    drawn = {name for stamp in stamps for name in json.loads(stamp.read_text())["figures"]}
+    drawn = {name for stamp in stamps for name in json.loads(stamp.read_text()).get("figures", ())}
     plain = load_settings(settings.profile, {"seeds": settings.seeds})
     if (paper := _beside_paper(settings.profile, results)) is not None:
         paper.to_csv(path.with_name(PAPER_NUMBERS), index=False, lineterminator="\n")
