@@ -1,10 +1,8 @@
 #!/usr/bin/env bash
 # Runs the notebooks in order; makes the environment first where it is missing.
 set -euo pipefail
-for name in INVERTUNE_STORE INVERTUNE_DATA INVERTUNE_VENV; do # relative to where the user is
-  if [ -n "${!name:-}" ]; then export "$name=$(realpath -ms "${!name}")"; fi
-done
-cd "$(dirname "${BASH_SOURCE[0]}")"
+source "$(dirname "${BASH_SOURCE[0]}")/tools/environment.sh"
+cd "$repository"
 
 usage() {
   cat <<'TEXT'
@@ -44,7 +42,6 @@ profile is going on.
 TEXT
 }
 
-source tools/environment.sh
 if [ "${1:-}" = env ]; then
   [ $# -gt 1 ] || fail "env needs a command, for example: ./run_all.sh env python -m invertune --help"
   use_environment

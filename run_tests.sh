@@ -3,8 +3,8 @@
 # profile smoke with a store of their own, also in a browser: where none is installed and apt-get
 # may be used, it is. ./run_tests.sh -k store passes -k store to pytest.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-source tools/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/tools/environment.sh"
+cd "$repository"
 use_environment
 use_browser
 use_snakemake

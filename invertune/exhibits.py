@@ -83,7 +83,7 @@ def ranking_table(chain: Chain) -> pd.DataFrame:
     """Per model and seed: the candidates, smallest evidence first, with its factors: the mask's
     size and the percentage of images that the largest increase leaves.
     """
-    names, lines = datasets.class_names(chain.settings.data), []
+    names, lines = datasets.distinct_names(chain.settings.data), []
     for attack, seed in suspects(chain.settings, nulls=True):
         found = steps.identified(chain, attack, seed).metrics
         gains = largest_increases(chain, attack, seed)
@@ -113,7 +113,7 @@ def increase_table(chain: Chain, attack: str) -> pd.DataFrame:
     """Tables 6-11 for one attack (first seed): the classes that gain most, under the perturbation
     that drives one class most.
     """
-    names = datasets.class_names(chain.settings.data)
+    names = datasets.distinct_names(chain.settings.data)
     found = steps.increases(steps.identified(chain, attack, chain.settings.seeds[0]))
     kind = strongest(found)
     lines = [

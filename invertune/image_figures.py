@@ -47,7 +47,11 @@ def difference(triggered: np.ndarray, clean: np.ndarray) -> tuple[np.ndarray, fl
 
 
 def show(axes: Axes, image: np.ndarray, title: str = "") -> None:
-    """Draws one image without ticks."""
+    """Draws one image without ticks; ``ValueError`` unless it is [H, W, 3] in [0, 1]."""
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"an image must be [H, W, 3], not {list(image.shape)}")
+    if not (image.min() >= 0 and image.max() <= 1):
+        raise ValueError(f"image values must lie in [0, 1], not {image.min()}..{image.max()}")
     axes.imshow(image, interpolation="nearest", vmin=0, vmax=1)
     axes.set(xticks=[], yticks=[], title=title)
     for spine in axes.spines.values():

@@ -84,7 +84,7 @@ def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Ar
     settings, found = chain.settings, step1.metrics
     data = settings.data
     gains = reports.largest_increases(chain, SUSPECT, settings.seeds[0])
-    names = datasets.class_names(data)
+    names = datasets.distinct_names(data)
     candidates = [
         {
             "class": names[i],

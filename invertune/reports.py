@@ -169,9 +169,8 @@ def inversion_rows(chain: Chain) -> Rows:
         rows.append(metric_row(base, "mask_l1", mask_size(chain, size)))
         if attack != "none":
             right = found.metrics["target"] == chain.target  # a wrong target's mask proves nothing
-            mask, null = (
-                mask_size(chain, s) for s in (size if right else None, sizes["none", seed])
-            )
+            mask = mask_size(chain, size if right else None)
+            null = mask_size(chain, sizes["none", seed])
             rows.append(metric_row(base, "mask_l1_ratio", mask / null))
         if model.trigger is not None:
             real = rates(evaluated(chain, model, model.trigger, model.key, seed))

@@ -22,9 +22,8 @@ TASK_KS = (("zeroshot", "1"), ("retrieval", "10"))  # with the k of Table 1
 def own_rows(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """The rows of this profile's backbone, target and attacks, of every item.
 
-    Notebook 06 adds other backbones and targets, an earlier run perhaps other attacks.
-
-    The size of a mask that never reached the ASR floor is infinite.
+    Notebook 06 adds other backbones and targets, an earlier run perhaps other attacks. The size of
+    a mask that never reached the ASR floor is infinite.
     """
     settings = chain.settings
     rows = results[(results.backbone == settings.backbone) & (results.target == settings.target)]

@@ -221,9 +221,14 @@ def _check(clip: Clip, images: Tensor, heldout: Tensor, head: Tensor, runs: Sequ
     for name, given in (("images", images), ("heldout", heldout)):
         if given.shape[1:] != shape:
             raise ValueError(f"{name} are {tuple(given.shape)}, not [N, 3, {shape[1]}, {shape[2]}]")
+    if not runs:
+        raise ValueError("no runs: name at least one target")
     for run in runs:
         if not 0 <= run.target < len(head):
             raise ValueError(f"target {run.target} is no class: the head has 0 to {len(head) - 1}")
+    dtype = next(clip.net.parameters()).dtype
+    if dtype != torch.float32:
+        raise ValueError(f"the weights are {dtype}; inversion needs torch.float32 (net.float())")
 
 
 def _optimize(

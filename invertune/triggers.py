@@ -142,6 +142,8 @@ def patch_trigger(pattern: Tensor, size: int, location: str = "corner") -> Trigg
     row, column = size - height, size - width
     if location == "middle":
         row, column = row // 2, column // 2
+    elif location != "corner":
+        raise ValueError(f"unknown patch location {location!r}; choose corner or middle")
     return Trigger("patch", size, {"patch": pattern}, {"row": row, "column": column})
 
 
@@ -158,6 +160,8 @@ def white_patch_trigger(size: int, patch: int) -> Trigger:
 
 def blended_trigger(size: int, alpha: float, seed: int) -> Trigger:
     """Blended (A.1): one image of uniform noise, mixed in with weight ``alpha`` (paper: 0.2)."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}, but a blend needs a weight in [0, 1]")
     noise = torch.rand(3, size, size, generator=generator(seed, 1))  # no defense draws this
     return Trigger("blend", size, {"pattern": noise}, {"alpha": alpha})
 
@@ -212,5 +216,7 @@ def trigger_metadata(trigger: Trigger) -> dict[str, Any]:
 
 
 def trigger_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Trigger:
-    """The trigger of saved ``tensors`` and ``trigger_metadata``."""
+    """The trigger of saved ``tensors`` and ``trigger_metadata`` (``ValueError``)."""
+    if metadata.get("kind") not in KINDS:
+        raise ValueError(f"unknown trigger kind {metadata.get('kind')!r}; one of {list(KINDS)}")
     return Trigger(metadata["kind"], metadata["size"], dict(tensors), dict(metadata["scalars"]))

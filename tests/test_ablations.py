@@ -8,9 +8,10 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 import pytest
+import torch
 from conftest import QUICK
 
-from invertune import ablation_figures, ablations, figures, steps, tables
+from invertune import ablation_figures, ablations, figures, steps, tables, triggers
 from invertune.ablation_steps import (
     found_triggers,
     inversions,
@@ -204,6 +205,14 @@ def test_perturbation_shares_come_from_step_1(chain: Chain) -> None:
     assert sorted(target.value) == pytest.approx(sorted(frame["to the target (%)"]))
     found = set(zip(rows.attack, rows.variant, strict=True))
     assert len(found) == len(rows)
+
+
+def test_a_trigger_read_from_a_sweep_composes_as_equation_2(chain: Chain) -> None:
+    trigger, _ = found_triggers(chain, swept(chain, "blended", 0, "lambda4"))[0]
+    images = torch.rand(2, 3, 64, 64)
+    mask, pattern = trigger.tensors["mask"], trigger.tensors["pattern"]
+    expected = triggers.compose(images, mask, pattern)
+    torch.testing.assert_close(triggers.apply(trigger, images), expected)
 
 
 def test_the_plan_counts_every_changed_value_once() -> None:

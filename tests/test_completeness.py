@@ -143,3 +143,9 @@ def test_a_missing_old_or_empty_file_is_found(tmp_path: Path) -> None:
     expected = ["table1.csv is empty", "table1.md is missing"]
     assert problems(tmp_path, ["table1"]) == expected
     assert "table1.tex is of an earlier run" in problems(tmp_path, ["table1"], time.time() + 9)
+
+
+def test_texts_name_items() -> None:
+    assert named("section 3.1, Figures 3-5(a) and 7, Table 1 (row 12)") == {
+        *("figure3", "figure4", "figure5a", "figure7", "table1")
+    }

@@ -190,3 +190,16 @@ def test_percent_axes_have_one_of_two_scales():
         axes.plot([lowest, 100.0])
         figures.zoom(axes)
         assert axes.get_yticks()[0] == bottom and axes.get_title() == title
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (np.zeros((3, 8, 8)), r"an image must be \[H, W, 3\], not \[3, 8, 8\]"),
+        (np.full((8, 8, 3), 1.5), r"image values must lie in \[0, 1\], not 1.5..1.5"),
+        (np.full((8, 8, 3), np.nan), "image values must lie"),
+    ],
+)
+def test_images_are_checked(bad, message):
+    with pytest.raises(ValueError, match=message):
+        image_figures.figure7({"badnet": image_figures.Example(bad, bad)}, {})

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -33,6 +34,20 @@ def test_the_results_table_is_fresh() -> None:
     command = [sys.executable, "-m", "tools.update_readme", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_another_runs_figures_are_told_from_the_committed_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "figures" / "mini" / "table1.md"
+    page.parent.mkdir(parents=True)
+    page.touch()
+    assert changed_figures(tmp_path) == ""  # no repository
+    if shutil.which("git"):
+        subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+        assert changed_figures(tmp_path).startswith("?? figures/mini/")
+    monkeypatch.setenv("PATH", "")
+    assert changed_figures(tmp_path) == ""  # no git
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,13 @@ def test_the_patch_lands_where_the_released_code_pastes_it() -> None:
     assert (images[..., 172:210, 172:210] == 1).all() and images.sum() == 3 * 38 * 38
 
 
+@pytest.mark.parametrize("kind", ["ball_prediction", "fourier"])
+def test_an_additive_perturbation_is_added_and_clamped(kind: str) -> None:
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tensor = images[0] - 0.5
+    assert torch.equal(perturb(kind, tensor, images), (images + tensor).clamp(0, 1))
+
+
 def _quick() -> Identification:
     return load_settings(
         "mini", {"identification": {"steps": 12, "batch": 16, "check_steps": 2}}

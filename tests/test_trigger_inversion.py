@@ -303,6 +303,7 @@ def test_a_loss_that_is_not_finite_is_reported_with_its_step(vit: Clip) -> None:
     "settings, extra, message",
     [
         ({}, {"runs": [Run(5, 1, 1, 1, 1)]}, "target 5 is no class: the head has 0 to 4"),
+        ({}, {"runs": []}, "no runs"),
         (
             {},
             {"images": torch.zeros(9, 3, 32, 32)},
@@ -325,6 +326,14 @@ def test_unusable_inputs_are_named(
     }
     with pytest.raises(ValueError, match=message):
         invert_triggers(vit, settings=options(**settings), seed=0, **arguments)
+
+
+def test_half_precision_weights_are_refused() -> None:
+    clip = models.build_clip(models.MODEL_FOLDER / "RN50", "RN50")
+    head = head_of(clip)
+    clip.net.half()
+    with pytest.raises(ValueError, match=r"torch.float16; inversion needs torch.float32"):
+        invert(clip, options(), head=head)
 
 
 class Planted(nn.Module):

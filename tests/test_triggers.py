@@ -233,6 +233,21 @@ def test_the_mask_follows_equation_two() -> None:
         assert torch.equal(several, triggers.compose(images, both[0][k, 0], both[1][k, 0]))
 
 
+def test_compose_stays_in_range_and_is_exact_at_both_ends_for_every_trigger() -> None:
+    for seed in range(25):
+        images, pattern = pixels(seed, 2), pixels(seed + 50, 2)[:, None]
+        soft = pixels(seed + 100, 2)[:, None]
+        mask = (soft < seed / 24).float()
+        stamped = triggers.compose(images, mask, pattern)
+        assert stamped.shape == (2, *images.shape)
+        for k in range(2):
+            wanted = torch.where(mask[k].bool(), pattern[k], images)
+            assert torch.equal(stamped[k], wanted)
+        blended = triggers.compose(images, soft, pattern)
+        assert blended.min() >= 0 and blended.max() <= 1
+        torch.testing.assert_close(blended, soft * pattern + (1 - soft) * images)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_saved_trigger_is_the_same_trigger(name: str, tmp_path: Path) -> None:
     trigger = make(name, 5)
@@ -248,13 +263,16 @@ def test_a_saved_trigger_is_the_same_trigger(name: str, tmp_path: Path) -> None:
         (lambda: apply(make("badnet"), torch.rand(1, 3, 32, 32)), "16"),
         (lambda: apply(make("sig"), torch.zeros(1, 3, 16, 16, dtype=torch.uint8)), "uint8"),
         (lambda: apply(make("blended"), torch.rand(3, 16, 16)), r"\[N, 3"),
+        (lambda: triggers.patch_trigger(torch.ones(3, 4, 4), 16, "left"), "corner or middle"),
         (lambda: triggers.patch_trigger(torch.ones(3, 40, 40), 16), "fit"),
         (lambda: triggers.patch_trigger(torch.ones(3, 4, 4) * 2, 16), "outside"),
+        (lambda: triggers.blended_trigger(16, 1.5, 0), "alpha"),
         (lambda: triggers.mask_trigger(torch.ones(3, 4, 4), torch.ones(3, 5, 5)), "one size"),
         (
             lambda: triggers.mask_trigger(torch.full((1, 4, 4), math.nan), torch.ones(3, 4, 4)),
             "outside",
         ),
+        (lambda: triggers.trigger_from_tensors({}, {"kind": "glow"}), "glow"),
     ],
 )
 def test_bad_values_are_named(call: object, words: str) -> None:

@@ -1,7 +1,11 @@
-# Sourced by run_all.sh, run_tests.sh and workflow/run.sh: makes the environment where it is missing, and sets
-# $python. INVERTUNE_VENV names an environment to use instead (a conda prefix, for example).
+# Sourced by run_all.sh, run_tests.sh and workflow/run.sh, before they leave the user's folder: makes the
+# environment where it is missing, and sets $python. INVERTUNE_VENV names an environment to use instead (a conda
+# prefix, for example).
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+for name in INVERTUNE_STORE INVERTUNE_DATA INVERTUNE_VENV; do # relative to where the user is
+  if [ -n "${!name:-}" ]; then export "$name=$(realpath -ms "${!name}")"; fi
+done
 
 environments() { echo "${XDG_CACHE_HOME:-$HOME/.cache}/invertune"; }
 

@@ -7,8 +7,8 @@
 #   workflow/run.sh slurm paper --report report.html what has been run, with times
 # Run the same command again after a failure; add --unlock once if Snakemake itself was killed.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source tools/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../tools/environment.sh"
+cd "$repository"
 cluster="${1:-}" settings=("profile=${2:-}")
 [ -f "workflow/profiles/$cluster/config.yaml" ] && [ -f "params/${2:-}.yml" ] ||
   fail "usage: workflow/run.sh $(ls workflow/profiles | paste -sd'|')" \
