@@ -114,15 +114,13 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 def _fill(options: argparse.Namespace) -> int:
     overrides, together = overrides_of(options), "TORCHELASTIC_RUN_ID" in os.environ
-    settings, only = load_settings(options.profile, overrides), options.only or ""
+    settings = load_settings(options.profile, overrides)
     if together and options.jobs:
         raise SettingsError("torchrun's processes share every training: leave --jobs out")
-    from invertune import distributed, jobs
+    from invertune import data, distributed, jobs
 
-    chosen = [name for name in jobs.calls(settings) if name.startswith(only)]
-    if not chosen:
-        known = ", ".join(jobs.calls(settings))
-        raise SettingsError(f"no notebook starts with {only!r}; there are: {known}")
+    data.check(settings, (settings.target, *settings.generalization.targets))
+    chosen = jobs.chosen(settings, options.only)
     distributed.start()
     count = 1 if together else options.jobs or jobs.default_count(settings)
     for name in chosen:
@@ -137,6 +135,7 @@ def show_plan(options: argparse.Namespace) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
     from invertune import jobs
 
+    jobs.chosen(settings, options.only)
     count = options.jobs or jobs.default_count(settings)
     try:
         held = jobs.held(settings, options.only or "")
@@ -148,9 +147,9 @@ def show_plan(options: argparse.Namespace) -> int:
 
 def _purify(options: argparse.Namespace) -> int:
     overrides = {**overrides_of(options), "weights": options.weights}
-    load_settings(options.profile, overrides)  # refuses "data" that is no group of settings
-    if options.images is not None:
-        overrides["data"] = {**overrides.get("data", {}), "source": OWN_IMAGES + options.images}
+    data = overrides.get("data", {})
+    if options.images is not None and isinstance(data, dict):  # else load_settings refuses it
+        overrides["data"] = {**data, "source": OWN_IMAGES + options.images}
     settings = load_settings(options.profile, overrides)
     from invertune import purify, weights
 

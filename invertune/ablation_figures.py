@@ -21,6 +21,8 @@ from invertune.results import read_paper
 from invertune.sections import WEIGHTS
 from invertune.settings import compared, suspects, sweep_values
 
+PAPERS = "#88CCEE"  # the color of what is tuned in the paper's form
+
 
 @mpl.rc_context(STYLE)
 def table2_figure(
@@ -47,7 +49,7 @@ def table2_figure(
         if metric == "inverted_asr":
             figures.zoom(chart)
     for chart in axes[:, 0]:
-        chart.set_ylabel(titles[metric])
+        chart.set_ylabel(titles[metric].replace(" (", ",\nheld-out (") if state else titles[metric])
     if masks:
         if any(np.isfinite(chart.dataLim.y1) for chart in axes.flat):  # else no mask is there
             axes[0, 0].set_yscale("log", subs=[])  # ticks at powers only, none among open markers
@@ -84,18 +86,19 @@ def table3_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     names = list(
         dict(suspects(chain.settings, among=chain.settings.ablations.perturbation_attacks))
     )
-    figure, axes = figures.bar_panels(len(names), 3)
+    figure, axes = figures.bar_panels(len(names), 4)
     titles = {
-        "inverted": "tuned with inverted trigger",
-        "uap": "with universal perturbation",
-        "both": "with both",
+        "trigger=inverted": "tuned with inverted trigger",
+        "form=paper;trigger=inverted": "the same, in the paper's form",
+        "trigger=uap": "with universal perturbation",
+        "trigger=both": "with both",
     }
     for chart, k in zip(axes[0], ("1", "10"), strict=True):
         about, groups = {"paper_item": "table3", "metric": "asr", "k": k}, {}
         for source, title in titles.items():
-            rows = ours(chain, results, [f"trigger={source}"], **about)
+            rows = ours(chain, results, [source], **about)
             groups[title] = tables.by_seed(rows, "attack")
-        figures.bars(chart, names, groups, (AFTER, BEFORE, MARKED))
+        figures.bars(chart, names, groups, (AFTER, PAPERS, BEFORE, MARKED))
         figures.percent_axis(chart, f"ASR, top {k} (%)")
     figures.legend_above(figure, axes[0, 0])
     return figure
@@ -156,7 +159,7 @@ def figure6(chain: Chain, results: pd.DataFrame) -> Figure:
 def updates_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """Held-out inverted ASR and mask size over the updates of the longest inversion."""
     figure, axes = canvas(1, 2, COLUMN_IN, 1.9)
-    titles = {"inverted_asr": "Inverted ASR (%)", "mask_l1": "Mask size (L1)"}
+    titles = {"inverted_asr": "Inverted ASR,\nheld-out (%)", "mask_l1": "Mask size (L1)"}
     rows = results[results.variant.str.startswith("updates=")]
     for chart, (metric, title) in zip(axes[0], titles.items(), strict=True):
         for attack in dict(suspects(chain.settings, among=chain.settings.ablations.switch_attacks)):

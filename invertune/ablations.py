@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -19,11 +20,14 @@ from invertune.evaluation import RECALL_KS
 from invertune.metrics import Rate
 from invertune.results import variant_text
 from invertune.rows import Rows, mask_size, metric_row, own_rows, shared_columns
-from invertune.sections import NULLS, WEIGHTS
-from invertune.settings import compared, suspects, sweep_values
+from invertune.sections import NULLS, WEIGHTS, Tuning
+from invertune.settings import compared, load_settings, suspects, sweep_values
 from invertune.store import Artifact
 
 TABLE3 = {"inverted": ("inverted",), "uap": ("universal",), "both": ("inverted", "universal")}
+FORMS = set(Tuning.model_fields) - {
+    *("lrs", "steps", "batch", "measure_every_steps", "allowed_ca_drop_points")
+}
 
 
 def variant(name: str, value: Any) -> str:
@@ -106,13 +110,26 @@ def _purified_rows(
     ]
 
 
+def table3_tunings(chain: Chain) -> dict[str, Tuning]:
+    """Step 3's settings for each line of Table 3, by its variant.
+
+    With either trigger, or both, all else as in the profile; and with the inverted one in the
+    paper's form: all that ``params/paper.yml`` says of step 3 but rates, steps and batch size.
+    """
+    own = chain.settings.tuning
+    lines = {f"trigger={n}": own.model_copy(update={"triggers": t}) for n, t in TABLE3.items()}
+    paper = load_settings("paper").tuning.model_dump(include=FORMS)
+    return {"form=paper;trigger=inverted": own.model_copy(update=paper), **lines}
+
+
 def table3_rows(chain: Chain, attacks: Sequence[str]) -> Rows:
-    """CA and ASR at top 1, 3, 5 and 10 after tuning with either trigger (Table 3), or both."""
+    """CA and ASR at top 1, 3, 5 and 10 of each line of Table 3 (``table3_tunings``)."""
     rows: Rows = []
     for attack, seed in suspects(chain.settings, among=attacks):
-        for name, found in TABLE3.items():
-            done = steps.tuned(with_value(chain, "tuning", "triggers", found), attack, seed)
-            about: dict[str, Any] = {"paper_item": "table3", "variant": {"trigger": name}}
+        for text, tuning in table3_tunings(chain).items():
+            settings = chain.settings.model_copy(update={"tuning": tuning})
+            done = steps.tuned(replace(chain, settings=settings), attack, seed)
+            about: dict[str, Any] = {"paper_item": "table3", "variant": text}
             rows += _purified_rows(chain, attack, seed, done, RECALL_KS, **about)
     return rows
 
@@ -183,8 +200,8 @@ def table2(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
 
 
 def table3(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
-    """Table 3: CA and ASR at every k, a line per source of the trigger."""
-    rows = ours(chain, results, [f"trigger={name}" for name in TABLE3], paper_item="table3")
+    """Table 3: CA and ASR at every k, a line per trigger and form of step 3."""
+    rows = ours(chain, results, list(table3_tunings(chain)), paper_item="table3")
     return tables.wide(rows, ["metric", "k", "variant"], ["attack"])
 
 

@@ -1,7 +1,8 @@
 """AdvCLIP's generator of a universal adversarial patch (Zhou et al. 2023), the paper's step 1.
 
 The paper runs AdvCLIP on images alone, so the texts here are the prompts of the classes that the
-suspected model itself predicts. Layer widths follow the patch, which is smaller than AdvCLIP's.
+suspected model itself predicts. The generator is smaller than AdvCLIP's: it draws 16 x 16 pixels,
+which are scaled to the patch.
 """
 
 from __future__ import annotations

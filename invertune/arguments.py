@@ -57,8 +57,8 @@ def mapping_of(text: str | None) -> dict[str, Any]:
 def _seeds(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     whole = all(part.isdecimal() and len(part) < 19 for part in parts)  # below 2**63
-    if not whole or len(set(parts)) < len(parts):
+    if not whole:
         raise SettingsError(
-            f"--seeds {text[:200]!r} is not a list of distinct whole numbers; for example 1,2,3"
+            f"--seeds {text[:200]!r} is not a list of whole numbers; for example 1,2,3"
         )
     return [int(part) for part in parts]

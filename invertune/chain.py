@@ -7,6 +7,8 @@ and what changed is computed again. ``STEP_VERSIONS`` is raised when a step's re
 from __future__ import annotations
 
 import functools
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -39,6 +41,10 @@ STEP_VERSIONS = {
     "second_round": 1,
 }
 TRAINED_TOGETHER = ("attack", "baseline")  # by all processes of a torchrun
+
+
+class DeviceError(ValueError):
+    """A device that the settings ask for and this machine does not have."""
 
 
 class DeviceMemoryError(RuntimeError):
@@ -103,11 +109,13 @@ class Chain:
 
     @property
     def device(self) -> torch.device:
-        """The device the settings ask for; "auto" takes CUDA where there is one."""
+        """The device that is asked for (``DeviceError``); "auto": CUDA where there is one."""
         wanted = self.settings.device
-        if wanted == "auto":
-            wanted = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device(wanted)
+        if wanted == "cpu" or not (why := no_gpu()):
+            return torch.device("cpu" if wanted == "cpu" else "cuda")
+        if wanted == "cuda":
+            raise DeviceError(f"device = 'cuda', but {why}; mend that, or set device to cpu")
+        return torch.device("cpu")
 
     @property
     def target(self) -> int:
@@ -182,6 +190,20 @@ def _too_large(label: str, settings: dict[str, Any], error: Exception) -> str:
             smaller += f" and its steps to {2 * part['steps']}, for as many images,"
     numbers = ". ".join(str(error).split(". ")[:3])
     return f"{label}: {smaller} or use a larger device; {numbers}"
+
+
+@functools.cache
+def no_gpu() -> str:
+    """Why no GPU can be used, e.g. torch's words for a driver that is too old; "" if one can."""
+    with warnings.catch_warnings(record=True) as said:  # torch says it once
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return ""
+    if not said:
+        return "torch finds no GPU"
+    why = " ".join(str(said[0].message).split())
+    print(f"no GPU is used: {why}", file=sys.stderr, flush=True)
+    return why
 
 
 def open_chain(settings: Settings, store: Path | None = None) -> Chain:

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from invertune import provenance, real_data, weights
+from invertune.chain import no_gpu
 from invertune.files import file_hash
 from invertune.layouts import EXPECTED
 from invertune.models import CONFIG, MODEL_FOLDER, WEIGHTS, ModelError
@@ -55,9 +56,9 @@ def _model(backbone: str) -> str:
 
 
 def _device() -> str:
-    if torch.cuda.is_available():
+    if not (why := no_gpu()):
         return f"{torch.cuda.get_device_name()} ({torch.cuda.device_count()} GPUs)"
-    return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads; no GPU"
+    return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {why}"
 
 
 def _memory() -> str:

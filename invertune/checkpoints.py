@@ -38,7 +38,7 @@ def import_checkpoint(path: Path, clip: Clip) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ModelError(f"checkpoint not found: {path} is not a file")
-    safe = path.suffix == ".safetensors"
+    safe = path.suffix.lower() == ".safetensors"
     read = _read_safetensors(path) if safe else _read_torch(path, clip.backbone)
     state = _state_dict(read, path)
     scale, own_scale = state.get("logit_scale"), clip.net.logit_scale

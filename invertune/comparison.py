@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from seaborn.utils import relative_luminance
 
 from invertune import defenses, steps, tables
 from invertune.chain import Chain
@@ -184,6 +185,8 @@ def table1_figure(chain: Chain, results: pd.DataFrame) -> Figure:
                 cmap="rocket_r" if metric == "asr" else "mako_r",
                 cbar=False,  # every cell has its number
             )
+            for text, color in zip(chart.texts, chart.collections[0].get_facecolors(), strict=True):
+                text.set_color("0.15" if relative_luminance(color) > 0.18 else "white")
             chart.set(xlabel="", ylabel="", title=f"{tables.label('task', task)}: {title}")
             chart.tick_params(length=0)
             chart.tick_params("x", rotation=20)

@@ -17,11 +17,11 @@ INVERSION_CURVES = {
     "align": "$L_{align}$",
     "emb": "$L_{emb}$",
     "sim": "$L_{sim}$",
-    "inverted_asr": "Inverted ASR (%)",
+    "inverted_asr": "Inverted ASR, held-out (%)",
     "mask_l1": "Mask size (L1)",
 }
 TUNING_CURVES = {
-    "inverted_asr": "ASR of suspected triggers (%)",
+    "inverted_asr": "Suspected ASR, held-out (%)",
     "clean_accuracy": "Held-out CA (%)",
     "activation": "$L_{activation}$",
     "preserve": "$L_{preserve}$",

@@ -11,7 +11,7 @@ import difflib
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from invertune import pictograms, real_data
 from invertune.decoding import map_images
 from invertune.files import REPOSITORY, file_hash
 from invertune.layouts import DataError
+from invertune.metrics import word_matches
 from invertune.pictograms import Scene
 from invertune.sections import PICTOGRAMS, Data, Settings
 from invertune.sprites import ARCHIVE, load_sprites
@@ -104,6 +105,15 @@ def class_index(data: Data, name: str) -> int:
             f"class {name!r} is not in the list of {len(names)} classes (near: {near or 'none'})"
         )
     return names.index(name)
+
+
+def check(settings: Settings, targets: Sequence[str] = ()) -> None:
+    """Raises ``DataError`` for ``targets`` and candidates beyond the classes, before any work."""
+    for name in targets:
+        class_index(settings.data, name)
+    wanted, there = settings.identification.candidates, len(class_names(settings.data))
+    if wanted > there:
+        raise DataError(f"identification.candidates = {wanted}, but there are {there} classes")
 
 
 def describe(settings: Settings) -> str:
@@ -204,6 +214,15 @@ def retrieval_scenes(data: Data, store: Path) -> Retrieval:
 def _retrieval(images: Tensor, captions: list[list[str]]) -> Retrieval:
     owner = torch.tensor([i for i, several in enumerate(captions) for _ in several])
     return Retrieval(images, tuple(text for several in captions for text in several), owner)
+
+
+def require_captions(data: Data, target: str, store: Path) -> None:
+    """Raises ``DataError`` where no caption of the retrieval set names the target."""
+    if not word_matches(retrieval_scenes(data, store).captions, [target]).any():
+        raise DataError(
+            f"target = {target!r}: no caption of the retrieval set names it, so there would be no "
+            "ASR in retrieval; choose another"
+        )
 
 
 def target_images(data: Data, pairs: Pairs, target: int, store: Path) -> Tensor:

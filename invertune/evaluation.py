@@ -28,7 +28,8 @@ def evaluated(
     """CA and ASR of a model under a trigger, zero-shot and retrieval.
 
     ``trigger_key`` names where the trigger comes from; without a trigger the model's floor is
-    measured: how often clean images already count as attacked.
+    measured: how often clean images already count as attacked. There is no ASR in retrieval where
+    no caption names the target.
     """
     settings = chain.settings
 
@@ -90,7 +91,9 @@ def _retrieval(chain: Chain, clip: Clip, trigger: Trigger | None) -> dict[str, R
         rates[f"retrieval.ca.{k}"] = rate
     for k, rate in metrics.text_to_image_recall(clean, texts, scenes.owner, RECALL_KS).items():
         rates[f"retrieval.t2i.{k}"] = rate
-    rates["retrieval.asr.10"] = metrics.retrieval_asr_at_k(
-        attacked, texts, scenes.captions, scenes.owner, chain.settings.target, 10
-    )
+    word = chain.settings.target
+    if metrics.word_matches(scenes.captions, [word]).any():
+        rates["retrieval.asr.10"] = metrics.retrieval_asr_at_k(
+            attacked, texts, scenes.captions, scenes.owner, word, 10
+        )
     return rates

@@ -96,7 +96,7 @@ def ranking_table(chain: Chain) -> pd.DataFrame:
                 "attack": tables.label("attack", attack),
                 "seed": seed,
                 "candidates": ", ".join(chosen),
-                "mask L1 at equal ASR": _whole(sizes),
+                "mask L1, short inversion": _whole(sizes),
                 "largest increase": ", ".join(f"{gains[c]:+.1f}" for c in chosen),
                 "evidence (mask L1 x % that resist)": _whole(weighted),
                 "found": "(null)" if attack in NULLS else right,
@@ -140,9 +140,17 @@ def inversion_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
             "inverted ASR": _column(rows, metric="inverted_asr", variant="", **where),
             "mask L1 at equal ASR": _column(rows, metric="mask_l1", variant="", **where),
             "of the clean model's": _column(rows, metric="mask_l1_ratio", **where),
-            "mask energy at the trigger": _column(rows, metric="mask_energy", variant="", **where),
-            "clean model's there": _column(
+            "mask energy at the trigger (%)": _column(
+                rows, metric="mask_energy", variant="", **where
+            ),
+            "clean model's there (%)": _column(
                 rows, metric="mask_energy", variant="floor=clean_model", **where
+            ),
+            "in its quarter of the image (%)": _column(
+                rows, metric="mask_energy", variant="place=quarter", **where
+            ),
+            "clean model's in it (%)": _column(
+                rows, metric="mask_energy", variant="floor=clean_model;place=quarter", **where
             ),
         },
         NULLS,
@@ -159,14 +167,16 @@ def figure5b(chain: Chain, results: pd.DataFrame) -> Figure:
 
 def figure7(chain: Chain, inverted: bool = True) -> Figure:
     """Figure 7: triggered images and triggers; with ``inverted`` also the inverted ones, and the
-    share of their mask's energy at the place of the true trigger, where it has one.
+    share of their mask's energy at the place of the true trigger, where it has one, and around it.
     """
     names: tuple[str, ...] = chain.settings.attacks.names
     seed, found = chain.settings.seeds[0], {}
     original = {name: trigger_example(chain, name, seed) for name in names}
     for name in names if inverted else ():
-        share = inverted_energy(chain, name, name, seed)
-        note = "" if share is None else f"{share:.0f} % of the mask's\nenergy at the patch"
+        note = ""
+        if shares := inverted_energy(chain, name, name, seed):
+            note = "mask's energy: {:.0f} %\nat the patch, {:.0f} %\nin its quarter"
+            note = note.format(shares[""], shares["quarter"])
         found[name] = replace(trigger_example(chain, name, seed, True), note=note)
     return image_figures.figure7(original, found)
 
@@ -245,7 +255,7 @@ def tuning_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
         for metric in ("ca", "asr"):
             where = {"task": task, "k": k, "metric": metric, "variant": "", "paper_item": "table1"}
             for defense, title in (("none", "before"), ("invertune", "after")):
-                name = f"{task} {metric.upper()} {title}"
+                name = f"{tables.label('task', task)} {metric.upper()} {title}"
                 columns[name] = _column(rows, defense=defense, **where)
     for defense, title in (("none", "before"), ("invertune", "after")):
         name = f"perturbation's ASR {title}"

@@ -6,12 +6,13 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from invertune.terminal import printable
 
@@ -31,9 +32,19 @@ def write_atomic(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         partial.write_bytes(content)
+        sync(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_stamp(path: Path) -> dict[str, Any]:
+    """What a finished notebook has left, as ``tools/run_notebooks`` noted; empty if damaged."""
+    try:
+        left = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    return left if isinstance(left, dict) else {}
 
 
 @contextlib.contextmanager

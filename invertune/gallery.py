@@ -6,12 +6,12 @@ writes the committed ones from the published results.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -19,14 +19,14 @@ from PIL import Image
 
 from invertune import claims, tables
 from invertune.figures import DPI
-from invertune.files import REPOSITORY
+from invertune.files import REPOSITORY, read_stamp
 from invertune.results import natural_order, read_paper, read_results
 from invertune.sections import NULLS, Settings
 from invertune.settings import load_settings
 
 ITEMS = REPOSITORY / "expected" / "items.yml"
 PAPER_NUMBERS = "paper_numbers.csv"
-MOST_LINES = 30  # a longer table is linked, not shown
+MOST_LINES = 50  # a longer table is linked, not shown
 
 
 def page(
@@ -57,7 +57,8 @@ def page(
         f"[these settings](../../params/{profile}.yml){', some of them overridden,' * overridden} "
         f"on {named_seeds(filter(None, results.seed))}"
         f" (attacks: {_named(results, 'attack')}; defenses: {_named(results, 'defense')}). Entries "
-        "for several seeds are means; whiskers range from the lowest seed to the highest. "
+        "for several seeds are means, with the lowest and the highest seed in parentheses or as "
+        "whiskers. "
         f"{beside}",
         "## Claims",
         *(
@@ -69,8 +70,7 @@ def page(
     ]
     for item, title in items["titles"].items():
         about = f"[{notebooks[item]}](../../notebooks/{notebooks[item]}.ipynb)"
-        if seeds := sorted(_seeds(results[results.paper_item == item]), key=int):
-            about += f", {named_seeds(seeds[:1] if item in items['first_seed'] else seeds)}"
+        about += _run_on(results[results.paper_item == item.rstrip("ab")], item, items)
         if paper is not None and not (printed := paper[paper.paper_item == item]).empty:
             about += f", the paper's numbers: {counted(printed.verdict)}"
         parts += [
@@ -78,9 +78,15 @@ def page(
             *_shown(item, folder, files, items["reading"], about),
         ]
     parts.append("## Beyond the paper")
-    for name, title in items["beyond"].items():
-        if found := _shown(name, folder, files, items["reading"]):
-            parts += [f"### {title}", *found]
+    for notebook, titles in items["beyond"].items():
+        rows = results[
+            results.paper_item.isin([i.rstrip("ab") for i in items["notebooks"][notebook]])
+        ]
+        for name, title in titles.items():
+            about = f"[{notebook}](../../notebooks/{notebook}.ipynb)"
+            about += _run_on(results if rows.empty else rows, name, items)
+            if found := _shown(name, folder, files, items["reading"], about, named=False):
+                parts += [f"### {title}", *found]
     return "\n\n".join(parts) + "\n"
 
 
@@ -95,7 +101,7 @@ def write(settings: Settings, root: Path = REPOSITORY) -> Path:
     path = root / "figures" / settings.profile / "README.md"
     results = found[found.seed.isin(seeds)]
     stamps = (root / "results" / settings.profile / "notebooks").glob("*.done.json")
-    drawn = {name for stamp in stamps for name in json.loads(stamp.read_text()).get("figures", ())}
+    drawn = {name for stamp in stamps for name in read_stamp(stamp).get("figures", ())}
     plain = load_settings(settings.profile, {"seeds": settings.seeds})
     if (paper := _beside_paper(settings.profile, results)) is not None:
         paper.to_csv(path.with_name(PAPER_NUMBERS), index=False, lineterminator="\n")
@@ -118,7 +124,8 @@ def counted(verdicts: Iterable[str]) -> str:
 def claims_counted(judged: pd.DataFrame) -> str:
     """How many claims got each verdict, and how many of those rest on one seed."""
     single = judged[judged.seeds == 1]
-    return f"{counted(judged.verdict)} (on one seed only: {counted(single.verdict) or 'none'})"
+    alone = f" (on one seed only: {counted(single.verdict)})" if len(single) else ""
+    return f"{counted(judged.verdict)}{alone}"
 
 
 def _claims(results: pd.DataFrame) -> list[str]:
@@ -142,16 +149,30 @@ def _claims(results: pd.DataFrame) -> list[str]:
     return parts
 
 
+def _run_on(rows: pd.DataFrame, name: str, items: Mapping[str, Any]) -> str:
+    """The seeds of an item's rows, of which some items show the first only: ", seed 7"."""
+    seeds = sorted(_seeds(rows), key=int)
+    return f", {named_seeds(seeds[:1] if name in items['first_seed'] else seeds)}" if seeds else ""
+
+
 def _shown(
-    name: str, folder: Path, files: Collection[str], reading: Mapping[str, str], about: str = ""
+    name: str,
+    folder: Path,
+    files: Collection[str],
+    reading: Mapping[str, str],
+    about: str,
+    named: bool = True,
 ) -> list[str]:
-    """Links, reading aid, chart and table of one item: what of it is among the ``files``."""
+    """Links, reading aid, chart and table of one item: what of it is among the ``files``.
+
+    One of which nothing is there is ``named`` as not run yet, or left out.
+    """
     there = [s for s in ("csv", "tex", "pdf") if f"{name}.{s}" in files]
     chart = folder / f"{name}.png"
     if not there and chart.name not in files:
-        return [f"{about}: not run yet."] if about else []
-    links = " · ".join(f"[{suffix.upper()}]({name}.{suffix})" for suffix in there)
-    parts = [" · ".join(filter(None, (about, links))), f"*What to look for:* {reading[name]}"]
+        return [f"{about}: not run yet."] if named else []
+    links = [f"[{suffix.upper()}]({name}.{suffix})" for suffix in there]
+    parts = [" · ".join((about, *links)), f"*What to look for:* {reading[name]}"]
     if chart.name in files:
         with Image.open(chart) as picture:  # at most 200 pixels an inch: sharp on fine screens
             width = round(picture.width * min(1, 200 / picture.info.get("dpi", (DPI, DPI))[0]))

@@ -10,6 +10,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,9 +23,9 @@ import torch
 from joblib import cpu_count
 
 from invertune import ablations, defenses, generalization, passing_claims, plan, reports, steps
-from invertune.chain import open_chain
+from invertune.chain import no_gpu, open_chain
 from invertune.sections import NULLS, SWEEPS, Settings
-from invertune.settings import compared, other_models, suspects
+from invertune.settings import SettingsError, compared, other_models, suspects
 from invertune.store import MissingError
 from invertune.terminal import progress
 
@@ -101,13 +102,22 @@ def _ablations(settings: Settings) -> list[Call]:
     ]
 
 
+def chosen(settings: Settings, only: str | None) -> list[str]:
+    """The notebooks with ``calls`` whose names start with ``only`` (``SettingsError`` for none)."""
+    known = list(calls(settings))
+    found = [name for name in known if name.startswith(only or "")]
+    if not found:
+        raise SettingsError(f"no notebook starts with {only!r}; there are: {', '.join(known)}")
+    return found
+
+
 def default_count(settings: Settings) -> int:
     """How many jobs to run at once: one a core, as far as memory is free; one on a GPU.
 
     A minute of work for each at least: on smoke starting them costs more than they save.
     """
     peak = plan.peak_mb(settings)
-    if peak is None or (settings.device != "cpu" and torch.cuda.is_available()):
+    if peak is None or (settings.device != "cpu" and not no_gpu()):
         return 1
     minutes = sum(plan.minutes_of(plan.planned(settings), settings))
     fitting = psutil.virtual_memory().available / 1e6 / peak
@@ -167,6 +177,7 @@ def held(settings: Settings, only: str = "") -> list[str]:
 
 def _start(threads: int) -> None:
     """In each process, before its first call."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all; the one that waits tells it
     torch.set_num_threads(threads)
     os.environ["INVERTUNE_PROGRESS"] = "0"  # bars of several processes would mix
     parent = multiprocessing.parent_process()

@@ -158,7 +158,7 @@ def own_classes(folder: Path) -> tuple[tuple[str, Path], ...]:
     known = dict(zip(wordnet_ids(), open_clip.IMAGENET_CLASSNAMES, strict=True))
     names = [known.get(name, printable(name.replace("_", " "))) for name in held]
     return tuple(  # two classes of ImageNet are called missile, two sunglasses
-        (name if names.count(name) == 1 else f"{name} ({own})", folder / own)
+        (name if names.count(name) == 1 else f"{name} ({printable(own)})", folder / own)
         for name, own in zip(names, held, strict=True)
     )
 

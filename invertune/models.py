@@ -19,7 +19,7 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -206,7 +206,7 @@ def save_weights(clip: Clip, path: Path, dtype: torch.dtype = torch.float32) -> 
         k: (v.to(dtype) if v.is_floating_point() else v).contiguous()
         for k, v in clip.net.state_dict().items()
     }
-    save_file(state, path)
+    path.write_bytes(save(state))  # save_file's may be read by their owner alone
 
 
 def clone(clip: Clip) -> Clip:

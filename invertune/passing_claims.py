@@ -28,7 +28,7 @@ from invertune.sections import PICTOGRAMS
 from invertune.settings import suspects
 
 TITLES = {
-    "": "as in Table 1",
+    "": "as in Table 1, same seeds",
     "data=few": "few images",
     "data=other_style": "another distribution",
     "list=without_target": "target not in the class list",
@@ -180,8 +180,8 @@ def uniformity_table(chain: Chain) -> pd.DataFrame:
                 "entropy, clean": rows[clean & entropy].value.mean(),
                 "entropy, adversarial (mean)": rows[~clean & entropy].value.mean(),
                 "entropy, adversarial (lowest)": rows[~clean & entropy].value.min(),
-                "largest share, clean": rows[clean & share].value.max(),
-                "largest share, adversarial": rows[~clean & share].value.max(),
+                "largest share, clean (%)": rows[clean & share].value.max(),
+                "largest share, adversarial (%, highest)": rows[~clean & share].value.max(),
             }
         )
     return pd.DataFrame(lines)

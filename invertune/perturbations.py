@@ -45,7 +45,7 @@ def as_trigger(kind: str, tensor: Tensor, size: int) -> Trigger:
     """The perturbation ``tensor`` of a kind as a trigger for images of ``size`` px."""
     if kind == "fourier" or kind.startswith("ball"):
         return Trigger("sinusoid", size, {"wave": tensor}, {})
-    start = size - round(size * 14 / 224) - tensor.shape[-1]  # as in the released code
+    start = max(size - round(size * 14 / 224) - tensor.shape[-1], 0)  # as in the released code
     return Trigger("patch", size, {"patch": tensor}, {"row": start, "column": start})
 
 
@@ -93,7 +93,8 @@ def fourier_wave(view: View, settings: Identification, seed: int) -> Tensor:
     """The gray plane wave [3, H, W] that moves one batch furthest from its features.
 
     The single-Fourier attack (Tsuzuku and Sato, CVPR 2019): of all wave vectors of at most
-    ``wave_cycles`` cycles per image, at amplitude ``wave_amplitude``, the best one; no gradients.
+    ``wave_cycles`` cycles per image, at amplitude ``wave_amplitude`` and one phase, the best one;
+    no gradients.
     """
     size, device = view.clip.image_size, view.clip.device
     rows = batch_indices(len(view.images), settings.batch, seed, 0)

@@ -130,8 +130,8 @@ def _ablations(settings: Settings) -> list[Work]:
     once = invertune_passes(settings)
     again = len(suspects(settings, among=ablations.round_attacks))
     return [
-        *work,  # of either trigger, or both, one is the profile's own
-        Work("07_ablations", "perturbation", runs, 2 * once["tuning"], "tuning"),
+        *work,  # of Table 3's four lines, one is the profile's own
+        Work("07_ablations", "Table 3", runs, 3 * once["tuning"], "tuning"),
         Work("07_ablations", "second round", again, once["inversion"] + once["tuning"], "tuning"),
     ]
 

@@ -51,6 +51,7 @@ def purify(settings: Settings, out: Path, rounds: int = 1) -> str:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PurifyError(f"{out} exists and is not an empty folder; name a new one")
     settings = fitted(settings)
+    datasets.check(settings)
     chain, seed = open_chain(settings), settings.seeds[0]
     step1 = steps.identified(chain, SUSPECT, seed)
     target = steps.first_candidate(chain, SUSPECT, seed)

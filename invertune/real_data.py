@@ -209,11 +209,6 @@ def fitted(settings: Settings) -> Settings:
             f"inversion and {held['heldout_images']:,} held out, but {name} = {least[name]}; add "
             f"images or lower it by --overrides; expected: {OWN_LAYOUT}"
         )
-    if settings.identification.candidates > len(sizes):
-        raise DataError(
-            f"identification.candidates = {settings.identification.candidates}, but {root} has "
-            f"{len(sizes)} classes; lower it by --overrides"
-        )
     return settings.model_copy(update={"data": data.model_copy(update=held)})
 
 

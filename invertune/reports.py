@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,22 +179,25 @@ def inversion_rows(chain: Chain) -> Rows:
             rows.append(metric_row(figure, "asr", asr))
             rows.append(metric_row(base, "asr_gap", abs(asr.value - fake.value), k=1))
             for variant, name in (({}, attack), ({"floor": "clean_model"}, "none")):
-                share = inverted_energy(chain, attack, name, seed)
-                if share is not None:
-                    figure7 = {**base, "paper_item": "figure7", "variant": variant}
+                for place, share in inverted_energy(chain, attack, name, seed).items():
+                    figure7 = {
+                        **base,
+                        "paper_item": "figure7",
+                        "variant": variant | ({"place": place} if place else {}),
+                    }
                     rows.append(metric_row(figure7, "mask_energy", share))
     return rows
 
 
-def inverted_energy(chain: Chain, attack: str, suspect: str, seed: int) -> float | None:
-    """Percent of the energy of ``suspect``'s inverted mask at the place of ``attack``'s trigger.
-
-    None where that trigger covers the whole image.
+def inverted_energy(chain: Chain, attack: str, suspect: str, seed: int) -> dict[str, float]:
+    """Percent of the energy of ``suspect``'s inverted mask at the place of ``attack``'s trigger
+    (named ""), and in that quarter of the image; empty where the trigger covers the whole image.
     """
     trigger = steps.planted_trigger(chain, attack, seed)
     place = None if trigger is None else triggers.covered(trigger)
     found = steps.inverted_trigger(chain, steps.inverted(chain, suspect, seed))
-    return None if place is None else triggers.energy_share(found.tensors["mask"], place)
+    places = {} if place is None else {"": place, "quarter": triggers.quarter(place)}
+    return {name: triggers.energy_share(found.tensors["mask"], p) for name, p in places.items()}
 
 
 def defense_rows(chain: Chain, defense: str, attack: str, seed: int) -> Rows:
@@ -222,12 +226,17 @@ def tuning_rows(chain: Chain) -> Rows:
 
 
 def _universal_rows(chain: Chain, attack: str, seed: int) -> Rows:
-    """ASR of step 1's strongest perturbation before and after tuning: a defender can see it."""
+    """ASR of step 1's strongest perturbation before and after tuning: a defender can see it.
+
+    Toward the class that step 1 found, whether or not it is the attacker's target.
+    """
     (trigger, *_), source = steps.universal_triggers(chain, attack, seed)
+    found = {"target": steps.first_candidate(chain, attack, seed)}
+    suspecting = replace(chain, settings=chain.settings.model_copy(update=found))
     rows = []
     for defense in ("none", "invertune"):
         model = defenses.defended(chain, defense, attack, seed)
-        done = evaluated(chain, model, trigger, source, seed)
+        done = evaluated(suspecting, model, trigger, source, seed)
         base = shared_columns(chain, attack, seed, done.key, defense, task="zeroshot", k=1)
         rows.append(metric_row(base, "universal_asr", rates(done)["zeroshot.asr.1"]))
     return rows

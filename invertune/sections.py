@@ -6,7 +6,7 @@ import math
 from types import GenericAlias
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator
 
 Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
@@ -27,7 +27,17 @@ NULLS = ("none", "clean_finetuned")  # models without a backdoor, beside the att
 class Section(BaseModel):
     """A frozen group of settings that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if (
+            isinstance(value, bool)
+            and cls.model_fields[info.field_name or ""].annotation is not bool
+        ):
+            raise ValueError("true and false (in YAML also yes, no, on, off) are no values here")
+        return value
 
 
 class Data(Section):
@@ -109,6 +119,7 @@ class BadEncoder(Section):
 class BadClip(Finetuning):
     """A patch optimized first: toward the target, away from the clean image (Liang et al. 2024)."""
 
+    batch: Annotated[int, Field(ge=2)]  # a step of the patch sees half of one
     patch_px: Count
     location: Literal["corner", "middle"]
     patch_lr: Rate

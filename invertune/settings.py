@@ -3,19 +3,46 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from invertune.files import REPOSITORY
-from invertune.sections import EMBEDDED, NULLS, PICTOGRAMS, PRETRAINED, Settings
+from invertune.sections import (
+    EMBEDDED,
+    NULLS,
+    OWN_IMAGES,
+    PICTOGRAMS,
+    PRETRAINED,
+    Attack,
+    Baseline,
+    Settings,
+)
 
 PARAMS = REPOSITORY / "params"
+LIMITS = {  # a setting, and the one that it may not exceed
+    "identification.patch_px": "data.image_size_px",
+    "identification.batch": "data.inversion_images",
+    "inversion.batch": "data.inversion_images",
+    "tuning.images": "data.inversion_images",
+    "tuning.batch": "tuning.images",
+}
+ATTACKING_LIMITS = {  # and where attacks and baselines are run
+    **{f"attacks.{name}.batch": "data.poisoning_pairs" for name in get_args(Attack)},
+    **{
+        f"attacks.{name}.patch_px": "data.image_size_px"
+        for name in ("badnet", "badencoder", "badclip")
+    },
+    "attacks.wanet.grid_points": "data.image_size_px",
+    **{f"baselines.{name}.batch": "baselines.pairs" for name in get_args(Baseline)},
+    "rebound.batch": "rebound.pairs",
+}
 
 
 class SettingsError(ValueError):
@@ -38,9 +65,20 @@ def load_settings(
     values = yaml.safe_load(path.read_text())
     merged = _merge(values, overrides or {}, "")
     try:
-        return Settings.model_validate({**merged, "profile": profile})
+        settings = Settings.model_validate({**merged, "profile": profile})
     except ValidationError as error:
         raise SettingsError(_explain(error)) from None
+    attacks_too = not settings.data.source.startswith(OWN_IMAGES)
+    for name, limit in {**LIMITS, **(ATTACKING_LIMITS if attacks_too else {})}.items():
+        value, most = (operator.attrgetter(n)(settings) for n in (name, limit))
+        if value > most:
+            raise SettingsError(f"{name} = {value}: must be at most {most}, which is {limit}")
+    smallest, largest = settings.baselines.par.erase_area
+    if smallest > largest:
+        raise SettingsError(f"baselines.par.erase_area = [{smallest}, {largest}]: smallest first")
+    if len(set(settings.seeds)) < len(settings.seeds):
+        raise SettingsError(f"seeds = {list(settings.seeds)}: a seed stands there twice")
+    return settings
 
 
 def _merge(values: dict[str, Any], overrides: Mapping[str, Any], prefix: str) -> dict[str, Any]:

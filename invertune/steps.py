@@ -23,6 +23,7 @@ from invertune.activation_tuning import trigger_impacts, tune
 from invertune.activations import Selection, critical_layers
 from invertune.attacks import ATTACKS, Victim
 from invertune.chain import Chain, Model, class_head, class_list, pool, pretrained
+from invertune.layouts import DataError
 from invertune.models import embed_images
 from invertune.perturbations import as_trigger
 from invertune.results import natural_order
@@ -49,6 +50,7 @@ def attacked(chain: Chain, attack: str, seed: int) -> Artifact:
             settings.data, target, attacks.target_captions, chain.store
         )
         images = datasets.target_images(settings.data, pairs, target, chain.store)
+        datasets.require_captions(settings.data, settings.target, chain.store)
         victim = Victim(clean.clip, pairs, captions, images)
         result = ATTACKS[attack](victim, attacks, seed, work)
         tensors = {"weights": result.clip.net.state_dict()}
@@ -172,6 +174,11 @@ def invert(chain: Chain, suspect: Model, runs: Sequence[Run], seed: int) -> list
     features = None
     if chain.settings.inversion.emb_reference == "target_image":
         shown = images.images[images.labels == runs[0].target]
+        if not len(shown):
+            raise DataError(
+                f"inversion.emb_reference = target_image, but none of the {len(images.labels)} "
+                "images of inversion shows the suspected target; use clean"
+            )
         features = embed_images(suspect.clip, shown).mean(0)
     return invert_triggers(
         suspect.clip,

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from invertune import distributed, provenance
@@ -228,8 +228,7 @@ def _make(entry: Artifact, name: str, compute: Compute, identity: Values, device
         sync(root)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        written = isinstance(error, OSError | SafetensorError)
-        if written and (full := full_disk(error, root, needed)):
+        if isinstance(error, OSError) and (full := full_disk(error, root, needed)):
             raise StoreError(f"{name}: {full}") from None
         raise
     shutil.rmtree(work, ignore_errors=True)
@@ -241,7 +240,7 @@ def _write(folder: Path, tensors: Tensors, metrics: Values, meta: Values) -> Non
     folder.mkdir(parents=True)
     for stem, group in tensors.items():
         copies = {k: t.detach().cpu().contiguous().clone() for k, t in group.items()}
-        save_file(copies, folder / f"{stem}.safetensors")
+        (folder / f"{stem}.safetensors").write_bytes(save(copies))  # save_file's no other may read
     (folder / METRICS).write_text(_pretty(_plain(metrics, "metrics")))
     files = {p.name: file_hash(p) for p in sorted(folder.iterdir())}
     (folder / META).write_text(_pretty({**meta, "files": files}))
@@ -275,7 +274,11 @@ def damage(folder: Path) -> str | None:
     for name, digest in files.items():
         if not os.path.isfile(folder / name):
             return f"{name} is missing"
-        if file_hash(folder / name) != digest:
+        try:
+            found = file_hash(folder / name)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if found != digest:
             return f"{name} does not have the recorded SHA-256"
     return None
 

@@ -70,6 +70,7 @@ LABELS = {
     },
     "layer_rule": {"mean_plus_std": "mean + std", "top3": "top 3"},
     "trigger": {"uap": "universal perturbation"},
+    "form": {"paper": "the paper's"},
 }
 LATEX = {"λ": r"$\lambda$", "β": r"$\beta$"}  # pdflatex has no Greek letters outside of formulas
 BLOCK = re.compile(r"^visual\.(transformer\.resblocks|trunk\.blocks)\.")  # of both kinds of ViT
@@ -236,9 +237,9 @@ def frame_markdown(frame: pd.DataFrame, decimals: int = 2) -> str:
 
 
 def markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a bar inside a cell is escaped, an empty cell is a dash."""
+    """A Markdown table; bars, tags and links inside a cell are escaped, an empty one is a dash."""
     lines = [header, ["---"] * len(header), *([c or "-" for c in line] for line in cells)]
-    escaped = ([cell.replace("|", r"\|").replace("\n", " ") for cell in line] for line in lines)
+    escaped = ([re.sub(r"([|<\[])", r"\\\1", c).replace("\n", " ") for c in line] for line in lines)
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 

@@ -85,7 +85,8 @@ def identify(
         increases[kind] = measure(suspect, images, predicted, head, perturbed)
     gains = largest_increases(increases)
     chosen = gains.topk(settings.candidates).indices.tolist()
-    check = inversion.model_copy(update={"steps": settings.check_steps, "lr": settings.check_lr})
+    short = {"steps": settings.check_steps, "lr": settings.check_lr, "emb_reference": "clean"}
+    check = inversion.model_copy(update=short)
     runs = [Run.of(target, check) for target in chosen]
     tried = invert_triggers(clip, images, heldout, head, runs, check, seed)
     order = sorted(range(len(chosen)), key=lambda i: evidence(tried[i], gains[chosen[i]].item()))

@@ -46,9 +46,9 @@ class Recipe:
     """How to optimize: ``steps`` updates at peak rate ``lr`` after ``warmup`` steps.
 
     ``schedule`` is "cosine" (down to zero), or "constant". Weight decay never touches biases,
-    normalization parameters or the logit scale (CleanCLIP's rule). Of the baselines' released
-    codes: warm-up begins at ``start_ratio`` of the peak rate (PAR; 0: a plain warm-up), and the
-    schedule runs ``offset`` steps late (CleanCLIP).
+    normalization parameters or the logit scale (CleanCLIP's goes by name, and so misses a
+    few). Of the baselines' released codes: warm-up begins at ``start_ratio`` of the peak rate (PAR;
+    0: a plain warm-up), and the schedule runs ``offset`` steps late (CleanCLIP).
     """
 
     steps: int

@@ -122,6 +122,17 @@ def covered(trigger: Trigger) -> Tensor | None:
     return place
 
 
+def quarter(place: Tensor) -> Tensor:
+    """Bool [H, W]: the quarter of the image that the center of ``place`` [H, W] lies in."""
+    around = torch.zeros_like(place)
+    ends = []
+    for size, center in zip(place.shape, place.nonzero().double().mean(0).tolist(), strict=True):
+        half = size // 2
+        ends.append(slice(half, size) if center >= half else slice(0, half))
+    around[ends[0], ends[1]] = True
+    return around
+
+
 def energy_share(mask: Tensor, place: Tensor) -> float:
     """Percent of the energy (sum of squares) of ``mask`` [3, H, W] that lies at ``place`` [H, W].
 
@@ -162,7 +173,7 @@ def blended_trigger(size: int, alpha: float, seed: int) -> Trigger:
     """Blended (A.1): one image of uniform noise, mixed in with weight ``alpha`` (paper: 0.2)."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}, but a blend needs a weight in [0, 1]")
-    noise = torch.rand(3, size, size, generator=generator(seed, 1))  # no defense draws this
+    noise = torch.rand(3, size, size, generator=generator(seed, 1))  # a defense: only an order
     return Trigger("blend", size, {"pattern": noise}, {"alpha": alpha})
 
 

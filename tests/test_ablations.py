@@ -130,8 +130,9 @@ def test_scores_are_the_evaluations_of_the_main_chain(chain: Chain) -> None:
 
 def test_table3_compares_the_triggers_at_every_k(chain: Chain) -> None:
     rows = to_frame(ablations.table3_rows(chain, chain.settings.ablations.perturbation_attacks))
-    assert len(rows) == 3 * 2 * 4
-    assert set(rows.variant) == {f"trigger={name}" for name in ("inverted", "uap", "both")}
+    assert len(rows) == 4 * 2 * 4
+    one = {f"trigger={name}" for name in ("inverted", "uap", "both")}
+    assert set(rows.variant) == {"form=paper;trigger=inverted", *one}
     alone = with_value(chain, "tuning", "triggers", ("inverted",))
     assert steps.tuned(alone, "blended", 0).key != steps.tuned(chain, "blended", 0).key
     assert not ablations.table3(chain, rows).isna().any().any()
@@ -220,4 +221,4 @@ def test_the_plan_counts_every_changed_value_once() -> None:
     assert work["loss weights"] == 6 * 12 * 200 * 64
     own = load_settings("mini").tuning
     tuning = own.steps * own.batch * len(own.lrs)
-    assert work["perturbation"] == 6 * 2 * tuning and work["beta"] == 5 * tuning
+    assert work["Table 3"] == 6 * 3 * tuning and work["beta"] == 5 * tuning

@@ -123,7 +123,8 @@ def test_mini_has_every_file_and_its_page_shows_all() -> None:
     assert problems(folder, ITEMS) == []
     assert list(MAP["titles"]) == ITEMS
     stems = {path.stem for path in folder.iterdir()} - {"README"}
-    assert stems == {*MAP["titles"], *MAP["beyond"]}
+    beyond = [name for titles in MAP["beyond"].values() for name in titles]
+    assert stems == {*MAP["titles"], *beyond} and list(MAP["beyond"]) == list(NOTEBOOKS)
 
 
 @pytest.mark.after_notebooks

@@ -16,6 +16,18 @@ def test_an_unknown_class_is_named() -> None:
         datasets.class_index(DATA, "mushrom")
 
 
+def test_what_does_not_fit_the_data_is_told_before_any_work(tmp_path: Path) -> None:
+    settings = load_settings("smoke", {"identification": {"candidates": 211}})
+    with pytest.raises(DataError, match="candidates = 211, but there are 210 classes"):
+        datasets.check(settings)
+    with pytest.raises(DataError, match="'mushrom' is not in the list"):
+        datasets.check(load_settings("smoke"), ("lemon", "mushrom"))
+    few = DATA.model_copy(update={"retrieval_images": 8})
+    datasets.require_captions(few, "mushroom", tmp_path)
+    with pytest.raises(DataError, match="target = 'kiln': no caption of the retrieval set names"):
+        datasets.require_captions(few, "kiln", tmp_path)
+
+
 def test_a_name_that_stands_twice_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "class_names", lambda _: ("missile", "ski", "missile"))
     assert datasets.distinct_names(DATA) == ("missile", "ski", "missile (2)")

@@ -164,7 +164,7 @@ def test_figure1_marks_the_class_that_step_1_found():
 def test_loss_curves_skip_missing_values_and_columns():
     panels = curve_figures.loss_curves({"badnet": LOG}, curve_figures.INVERSION_CURVES).axes
     drawn = {axes.get_title(): axes.lines for axes in panels}
-    assert list(drawn["Inverted ASR (%)"][0].get_xdata()) == [0, 40]
+    assert list(drawn["Inverted ASR, held-out (%)"][0].get_xdata()) == [0, 40]
     assert len(drawn["$L_{align}$"]) == 1 and len(drawn["$L_{sim}$"]) == 0
 
 

@@ -21,17 +21,18 @@ def test_the_page_names_what_is_not_run_and_the_seeds_of_what_is(tmp_path: Path)
     (tmp_path / "table1.csv").touch()
     (tmp_path / "table1.md").write_text("| a |\n| --- |\n| 50.00 |\n")
     (tmp_path / "table6.csv").touch()
-    (tmp_path / "table6.md").write_text("| a |\n" * 40)
+    (tmp_path / "table6.md").write_text("| a |\n" * 60)
     (tmp_path / "rebound.pdf").touch()
     Image.new("L", (1320, 4)).save(tmp_path / "rebound.png")
     rows = [row("none", 4), row("none", 5), row("ft", 5)]
     page = gallery.page("mini", results.to_frame(rows), tmp_path)
     parts = {part.split(":")[0]: part for part in page.split("### ")[1:]}
     assert "seed 5 · [CSV](table1.csv)" in parts["Table 1"] and "| 50.00 |" in parts["Table 1"]
-    assert "[38 lines](table6.md)" in parts["Table 6"] and "| a |" not in parts["Table 6"]
+    assert "[58 lines](table6.md)" in parts["Table 6"] and "| a |" not in parts["Table 6"]
     assert "not run yet" in parts["Figure 5(a)"]
     assert page.count("<img") == 1
     assert '<img src="rebound.png" width="660" alt="rebound">' in page
+    assert "05_baselines.ipynb), seed 5 · [PDF](rebound.pdf)" in page
     untested = page.split("<details>")[1].split("</details>")[0]
     assert "UNTESTED" in untested and "no row with" in untested
     assert "no row with" not in page.replace(untested, "")

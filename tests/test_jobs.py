@@ -127,15 +127,11 @@ def test_the_processes_end_with_the_one_that_started_them(tmp_path):
 
 
 def test_an_error_in_a_process_is_one_line(tmp_path):
-    wrong = "{data: {poisoning_pairs: 210}, attacks: {names: [badnet], badnet: {batch: 999}}}"
+    wrong = "{attacks: {names: [badnet], badnet: {weight_decay: 1.0e+38}}}"
     failed = fill(tmp_path, "--only", "01", "--jobs", "2", "--overrides", wrong)
     _, errors = failed.communicate()
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert (
-        failed.returncode == 2
-        and len(lines) == 1
-        and "210 items, fewer than one batch of 999" in lines[0]
-    ), errors
+    assert failed.returncode == 2 and len(lines) == 1 and "lower lr (now" in lines[0], errors
 
 
 @pytest.mark.parametrize(

@@ -191,10 +191,9 @@ def test_labeled_images_are_balanced_and_of_their_class(root, tmp_path) -> None:
 
 
 SMALL = {"batch": 8, "candidates": 1}
-OWN = load_settings(
-    "paper",
-    {"identification": SMALL, "inversion": {"batch": 8}, "tuning": {"images": 9}, "data": COUNTS},
-)
+STEPS = {"identification": SMALL, "inversion": {"batch": 8}, "tuning": {"images": 9, "batch": 8}}
+PAPER = load_settings("paper", STEPS)
+OWN = PAPER.model_copy(update={"data": PAPER.data.model_copy(update=COUNTS)})
 
 
 def own_images(folder: Path, names: tuple[str, ...], per_class: int) -> Settings:
@@ -256,8 +255,10 @@ def test_a_wrong_folder_of_ones_own_is_named(tmp_path) -> None:
     enough = few.model_copy(
         update={"identification": most, "tuning": few.tuning.model_copy(update={"images": 8})}
     )
-    with pytest.raises(DataError, match=r"candidates = 3, but .*few has 2 classes"):
-        real_data.fitted(enough)
+    with pytest.raises(DataError, match="candidates = 3, but there are 2 classes"):
+        datasets.check(real_data.fitted(enough))
+    with pytest.raises(DataError, match="class 'horse' is not in the list of 2 classes"):
+        datasets.check(few, ("cat", "horse"))
 
 
 def test_classes_of_one_name_stay_apart(tmp_path) -> None:

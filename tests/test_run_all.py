@@ -13,6 +13,9 @@ import nbformat
 import pytest
 from conftest import wait_until
 
+from invertune.settings import load_settings
+from tools import run_notebooks
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUNNER = """
 import sys
@@ -76,8 +79,8 @@ def test_help_names_every_option_without_an_environment():
     ("arguments", "words"),
     [
         (("mimi",), "unknown profile 'mimi'; choose one of mini, paper, scenes224, smoke"),
-        (("smoke", "--seeds", "1,x"), "--seeds '1,x' is not a list of distinct whole numbers"),
-        (("smoke", "--seeds", "1,1"), "distinct"),
+        (("smoke", "--seeds", "1,x"), "--seeds '1,x' is not a list of whole numbers"),
+        (("smoke", "--seeds", "1,1"), "seeds = [1, 1]: a seed stands there twice"),
         (("smoke", "--overrides", "{inversion: {stps: 3}}"), "unknown key 'inversion.stps'"),
         (("smoke", "--overrides", "{attacks: {names: [x]}}"), "'badnet', 'blended'"),
         (("smoke", "--overrides", "{backbone: RN5}"), "'RN50', 'RN101'"),
@@ -86,6 +89,15 @@ def test_help_names_every_option_without_an_environment():
         (("smoke", "--only", "99"), "no notebook starts with '99'; there are: 01_attacks"),
         (("smoke", "--only", "9", "--dry-run"), "no notebook starts with '9'"),
         (("smoke", "--fast"), "unrecognized arguments: --fast"),
+        (("smoke", "--overrides", "{target: mushrom}"), "'mushrom' is not in the list of 210"),
+        (
+            ("smoke", "--only", "01", "--overrides", "{generalization: {targets: [lemmon]}}"),
+            "'lemmon' is not in the list of 210",
+        ),
+        (
+            ("smoke", "--overrides", "{identification: {candidates: 211}}"),
+            "candidates = 211, but there are 210 classes",
+        ),
         (("env",), "env needs a command, for example: ./run_all.sh env python -m invertune --help"),
     ],
 )
@@ -109,6 +121,31 @@ def test_env_runs_any_command_in_the_environment():
     assert result.stdout == f"{sys.prefix}|{REPOSITORY}|two words|-h\n"
     assert result.returncode == 7
     assert run_all("env", "torchrun", "--help").stdout.startswith("usage: torchrun")
+
+
+def test_the_users_packages_and_kernels_do_not_enter_the_environment(tmp_path):
+    (tmp_path / "numpy.py").write_text("raise SystemExit('not the locked one')")
+    code = "import numpy, os; print(numpy.__version__, os.environ.get('JUPYTER_PATH'))"
+    result = subprocess.run(
+        [REPOSITORY / "run_all.sh", "env", "python", "-c", code],
+        env=environment(PYTHONPATH=str(tmp_path), JUPYTER_PATH=str(tmp_path)),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0 and result.stdout.endswith("None\n"), result.stderr
+
+
+def test_a_folder_of_other_files_never_becomes_an_environment(tmp_path):
+    kept = tmp_path / "thesis.txt"
+    kept.write_text("years of work")
+    result = subprocess.run(
+        [REPOSITORY / "run_all.sh", "check"],
+        env=environment(INVERTUNE_VENV=str(tmp_path), INVERTUNE_PYTHON=sys.executable),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and kept.read_text() == "years of work"
+    assert f"{tmp_path} holds other files and no environment" in result.stderr
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
@@ -260,8 +297,23 @@ def test_a_second_run_does_nothing_until_something_changes(tmp_path):
     code, out, _ = finish(start(root, "smoke"))
     assert code == 0 and out.count("stored (") == 0 and changed.read_text() == "| ASR |"
 
+    executed.with_suffix(".done.json").write_text("")  # as a machine that lost power may leave it
+    code, out, _ = finish(start(root, "smoke"))
+    assert code == 0 and "01_tiny: running" in out and out.count("stored (") == 0
+
     code, out, _ = finish(start(root, "smoke", "--seeds", "5"))
     assert code == 0 and out.count("stored (") == 3 and len(stored(root)) == 6
+
+
+def test_other_weights_at_the_same_place_are_other_inputs(tmp_path):
+    place = tmp_path / "RN50"
+    place.mkdir()
+    settings = load_settings("smoke", {"weights": f"local-dir:{tmp_path}/{{backbone}}"})
+    notebook, hashes = make_root(tmp_path) / "notebooks" / "01_tiny.ipynb", set()
+    for content in ("one", "two", "two"):
+        (place / "weights").write_text(content)
+        hashes.add(run_notebooks._inputs(notebook, settings))
+    assert len(hashes) == 2
 
 
 def test_killed_at_several_points_it_resumes_without_repeating_a_step(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from typing import Any
 
 import pytest
@@ -159,6 +160,14 @@ def test_an_unknown_key_is_named_with_the_keys_there_are(path):
         ("seeds", [], "at least 1 item"),
         ("precision", "float16", "'float32' or 'bfloat16'"),
         ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
+        ("inversion.lambda4", math.inf, "finite"),
+        ("inversion.steps", True, "true and false"),
+        ("seeds", [7, 7], "twice"),
+        ("identification.patch_px", 65, "at most 64, which is data.image_size_px"),
+        ("tuning.batch", 33, "at most 32, which is tuning.images"),
+        ("attacks.badclip.batch", 1, "greater than or equal to 2"),
+        ("baselines.par.batch", 10**6, "which is baselines.pairs"),
+        ("baselines.par.erase_area", [0.5, 0.1], "smallest first"),
     ],
 )
 def test_a_bad_value_is_named_with_what_would_be_right(path, value, words):

@@ -1,5 +1,6 @@
 """The chain on disk: one seed gives the same artifacts twice, and keys follow what matters."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -9,13 +10,24 @@ import torch
 
 from invertune import data as datasets
 from invertune import exhibits, reports, steps
-from invertune.chain import Chain, DeviceMemoryError, class_head, class_list, open_chain, pretrained
+from invertune.chain import (
+    Chain,
+    DeviceError,
+    DeviceMemoryError,
+    class_head,
+    class_list,
+    no_gpu,
+    open_chain,
+    pool,
+    pretrained,
+)
 from invertune.evaluation import evaluated
 from invertune.layouts import DataError
 from invertune.models import zero_shot_head
 from invertune.perturbations import as_trigger
 from invertune.results import row, to_frame
 from invertune.settings import load_settings
+from invertune.trigger_inversion import Run
 
 QUICK = {
     "attacks": {"names": ["blended"], "blended": {"steps": 3}},
@@ -36,6 +48,31 @@ def test_a_target_that_is_no_class_is_told_before_any_work(tmp_path: Path) -> No
             open_chain(load_settings("smoke", {"target": "mushrom"}), tmp_path), "sig", 0
         )
     assert not any(tmp_path.iterdir())
+
+
+def test_target_images_are_needed_where_they_are_the_reference(tmp_path: Path) -> None:
+    few = {"data": {"inversion_images": 32}, "inversion": {"emb_reference": "target_image"}}
+    chain = open_chain(load_settings("smoke", few), tmp_path)
+    absent = set(range(210)).difference(pool(chain, "inversion").labels.tolist())
+    run = Run.of(min(absent), chain.settings.inversion)
+    with pytest.raises(DataError, match="none of the 32 images of inversion shows the suspected"):
+        steps.invert(chain, pretrained(chain), [run], 0)
+
+
+def test_why_no_gpu_is_used_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_old() -> bool:
+        warnings.warn("The NVIDIA driver\nis too old", stacklevel=2)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", too_old)
+    no_gpu.cache_clear()
+    with pytest.raises(DeviceError, match="device = 'cuda', but The NVIDIA driver is too old"):
+        _ = open_chain(load_settings("smoke", {"device": "cuda"})).device
+    assert open_chain(load_settings("smoke")).device.type == "cpu"
+    assert capsys.readouterr().err == "no GPU is used: The NVIDIA driver is too old\n"
+    no_gpu.cache_clear()
 
 
 def test_impacts_are_those_of_the_inverted_trigger_alone(chain: Chain) -> None:

@@ -301,5 +301,8 @@ def test_energy_share_is_the_part_of_the_squares_under_the_patch() -> None:
     total = sum(float(v) ** 2 for v in mask.flatten())
     assert triggers.energy_share(mask, place) == pytest.approx(100 * inside / total, rel=1e-5)
     assert triggers.energy_share(torch.zeros(3, 8, 8), place) == 0
+    around = triggers.quarter(place)
+    assert around.sum() == 16 and around[4:, 4:].all()
+    assert triggers.quarter(place.flip(1)).nonzero().max(0).values.tolist() == [7, 3]
     everywhere = triggers.mask_trigger(mask, mask)
     assert triggers.covered(everywhere) is None

@@ -6,8 +6,11 @@ repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 for name in INVERTUNE_STORE INVERTUNE_DATA INVERTUNE_VENV; do # relative to where the user is
   if [ -n "${!name:-}" ]; then export "$name=$(realpath -ms "${!name}")"; fi
 done
+case "${INVERTUNE_PYTHON:-}" in */*) INVERTUNE_PYTHON="$(realpath -ms "$INVERTUNE_PYTHON")" ;; esac
 
-environments() { echo "${XDG_CACHE_HOME:-$HOME/.cache}/invertune"; }
+environments() {
+  echo "${XDG_CACHE_HOME:-${HOME:?is not set; set it, or INVERTUNE_VENV}/.cache}/invertune"
+}
 
 fail() {
   echo "error: $*" >&2
@@ -15,8 +18,9 @@ fail() {
 }
 
 find_python() {
-  local candidate
-  for candidate in ${INVERTUNE_PYTHON:-python3.11 python3.12 python3.13 python3}; do
+  local candidate known=(python3.11 python3.12 python3.13 python3.14 python3)
+  if [ -n "${INVERTUNE_PYTHON:-}" ]; then known=("$INVERTUNE_PYTHON"); fi
+  for candidate in "${known[@]}"; do
     if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
       2>/dev/null; then
       echo "$candidate"
@@ -43,6 +47,8 @@ make_environment() {
     flock 9
   fi
   if [ ! -x "$venv/bin/python" ] || [ -e "$venv.unfinished" ]; then
+    [ -e "$venv/pyvenv.cfg" ] || [ -z "$(ls -A "$venv" 2>/dev/null)" ] ||
+      fail "$venv holds other files and no environment; name one, or a new folder, in INVERTUNE_VENV"
     free_mb=$(df -Pm "$(dirname "$venv")" | awk 'NR == 2 {print $4}')
     [ "$free_mb" -ge "$mb" ] ||
       fail "$venv needs about $mb MB and $free_mb MB are free; make room or set INVERTUNE_VENV"
@@ -58,19 +64,20 @@ make_environment() {
 }
 
 use_environment() {
-  local base venv
-  if [ -n "${INVERTUNE_VENV:-}" ] && [ -x "$INVERTUNE_VENV/bin/python" ] &&
-    [ ! -e "$INVERTUNE_VENV.unfinished" ]; then
-    venv="$INVERTUNE_VENV"
-  else
+  local base venv="${INVERTUNE_VENV:-}" folder
+  unset PYTHONPATH JUPYTER_PATH # the user's packages and kernels are not those of the lock
+  if [ -z "$venv" ] || [ ! -x "$venv/bin/python" ] || [ -e "$venv.unfinished" ]; then
     base="$(find_python)" || exit 2
-    venv="${INVERTUNE_VENV:-$(environments)/venv-$(lock_hash "$base" requirements.lock)}"
+    if [ -z "$venv" ]; then
+      folder="$(environments)" || exit 2
+      venv="$folder/venv-$(lock_hash "$base" requirements.lock)"
+    fi
     make_environment "$base" "$venv" requirements.lock 8000
   fi
   python="$venv/bin/python"
   export PATH="$venv/bin:$PATH"                 # "python" in a kernel specification is this one
   export JUPYTER_PREFER_ENV_PATH=1              # not a kernel of the same name in the home folder
-  export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
+  export PYTHONPATH="$repository" PYTHONUTF8=1
   export INVERTUNE_STORE="${INVERTUNE_STORE:-$repository/results/store}"
   export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"   # spinning threads starve each other
 }
@@ -95,10 +102,11 @@ use_browser() {
 # Snakemake only dispatches, so it has an environment of its own and its versions change no result.
 # Call it after use_environment: the jobs find papermill first.
 use_snakemake() {
-  local base venv lock=workflow/requirements.lock
+  local base folder venv lock=workflow/requirements.lock
   if ! command -v snakemake >/dev/null; then
     base="$(find_python)" || exit 2
-    venv="$(environments)/snakemake-$(lock_hash "$base" "$lock")"
+    folder="$(environments)" || exit 2
+    venv="$folder/snakemake-$(lock_hash "$base" "$lock")"
     make_environment "$base" "$venv" "$lock" 500 --no-binary connection-pool  # has no wheel
     export PATH="$PATH:$venv/bin"
   fi

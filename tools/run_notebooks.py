@@ -20,7 +20,7 @@ from typing import Any
 
 from invertune.__main__ import explain, show_plan
 from invertune.arguments import add_options, add_run_options, overrides_of
-from invertune.files import REPOSITORY, file_hash, hold, open_lock, write_atomic
+from invertune.files import REPOSITORY, file_hash, hold, open_lock, read_stamp, write_atomic
 from invertune.sections import PICTOGRAMS, Settings
 from invertune.settings import SettingsError, load_settings, stay_offline
 from invertune.terminal import quiet_in_a_log
@@ -39,7 +39,8 @@ class NotebookError(RuntimeError):
 def main(arguments: list[str] | None = None, root: Path = REPOSITORY) -> int:
     """Runs what the arguments name; returns the exit code (see run_all.sh --help).
 
-    ``root`` is the folder that holds notebooks/ and gets results/ and figures/.
+    ``root`` is the folder that holds notebooks/, and results/ and figures/ as far as they are not
+    written by the notebooks themselves, which always write to the repository.
     """
     parser = argparse.ArgumentParser(prog="./run_all.sh", usage="see ./run_all.sh --help")
     add_options(parser)
@@ -125,8 +126,9 @@ def run_all(
 
 def _fill(notebook: str, settings: Settings, count: int | None) -> None:
     """Makes what the notebook looks for in the store; of one process the notebook is as good."""
-    from invertune import jobs  # imports torch, which finished notebooks need not wait for
+    from invertune import data, jobs  # import torch, which finished notebooks need not wait for
 
+    data.check(settings, (settings.target, *settings.generalization.targets))
     try:
         count = count or jobs.default_count(settings)
         if count > 1:
@@ -190,6 +192,10 @@ def _inputs(notebook: Path, settings: Settings) -> str:
     for path in sorted(p for p in (REPOSITORY / "data").rglob("*") if p.is_file()):
         status = path.stat()
         digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    place = settings.weights.replace("{backbone}", settings.backbone).partition(":")[2]
+    for path in sorted([Path(place), *Path(place).glob("*")] if place else []):
+        if path.is_file():
+            digest.update(f"{path} {file_hash(path)}\n".encode())
     if settings.data.source != PICTOGRAMS:
         from invertune import data  # imports torch, which the embedded data need not wait for
 
@@ -228,8 +234,8 @@ def _finished(stamp: Path, inputs: str, root: Path, store: Path) -> bool:
     """Whether the notebook ran to its end on the same inputs and all it left is as it was."""
     if not stamp.is_file() or not stamp.with_suffix("").with_suffix(".ipynb").is_file():
         return False
-    left, results = json.loads(stamp.read_text()), stamp.parents[1]
-    if left["inputs"] != inputs:
+    left, results = read_stamp(stamp), stamp.parents[1]
+    if left.get("inputs") != inputs:
         return False
     figures = root / "figures" / results.name
     return (
