@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from invertune.files import write_atomic
-from invertune.results import IDENTITY, NUMBER, ResultsError, natural_order
+from invertune.results import IDENTITY, NUMBER, ResultsError, natural_order, read_paper
 from invertune.sections import Attacks
 
 # What two numbers are about; the profile and the seed say only where they come from.
@@ -144,6 +144,21 @@ def wide(
     table = table.sort_index().sort_index(axis=1)  # several columns come as they are met
     table.columns = [key if isinstance(key, str) else " ".join(key) for key in table.columns]
     return table.reset_index()
+
+
+def paper_layers(item: str) -> pd.DataFrame:
+    """The paper's own line of one of Tables 12-15 (BadCLIP), as notebooks 04 and 06 show ours."""
+    rows = select(read_paper(), paper_item=item)
+    layer = rows.variant.str.removeprefix("layer=").map(partial(label, "layer"))
+    impact, value = rows.metric == "layer_impact", rows.value.map("{:.4f}".format)
+    line = {
+        "attack": "BadCLIP, the paper's",
+        **dict(zip(layer[impact], value[impact], strict=True)),
+    }
+    for name in ("mean", "std", "threshold"):
+        line[name] = value[rows.metric == f"layer_{name}"].item()
+    chosen = (rows.metric == "layer_selected") & (rows.value == 1)
+    return pd.DataFrame([{**line, "critical": ", ".join(layer[chosen])}])
 
 
 def label(column: str, name: str) -> str:

@@ -19,6 +19,7 @@ from invertune.tables import (
     label,
     latex,
     markdown,
+    paper_layers,
     readable,
     seed_summary,
     verdict,
@@ -205,3 +206,11 @@ def test_an_infinite_mask_was_not_reached_in_files_and_notebooks(tmp_path):
     with pd.option_context("display.float_format", None):
         readable()
         assert "not reached" in shown.to_html() and "553.44" in shown.to_html()
+
+
+def test_the_papers_layers_are_one_line() -> None:
+    shown = paper_layers("table14")
+    assert list(shown)[:3] == ["attack", "block 0", "block 1"] and len(shown) == 1
+    assert shown.loc[0, ["block 3", "threshold", "critical"]].tolist() == [
+        *("0.3423", "0.2915", "block 3, block 4, block 5")
+    ]
