@@ -21,6 +21,7 @@ from invertune.results import read_paper
 from invertune.sections import WEIGHTS
 from invertune.settings import compared, suspects, sweep_values
 
+HELD_OUT_ASR = "Inverted ASR,\nheld-out (%)"
 PAPERS = "#88CCEE"  # the color of what is tuned in the paper's form
 
 
@@ -35,7 +36,8 @@ def table2_figure(
     several = compared(chain.settings, "inversion", WEIGHTS)
     masks = metric == "mask_l1"
     figure, axes = panels(len(several), 0.7, 1.3, sharey=masks)
-    titles = {"inverted_asr": "Inverted ASR (%)", "mask_l1": "Mask size (L1)", "ssim": "SSIM"}
+    asr = HELD_OUT_ASR if state else "Inverted ASR (%)"
+    titles = {"inverted_asr": asr, "mask_l1": "Mask size (L1)", "ssim": "SSIM"}
     for chart, weight in zip(axes.flat, several, strict=False):
         values = sorted(sweep_values(chain.settings, "inversion", weight))
         suffix = f";state={state}" if state else ""
@@ -49,7 +51,7 @@ def table2_figure(
         if metric == "inverted_asr":
             figures.zoom(chart)
     for chart in axes[:, 0]:
-        chart.set_ylabel(titles[metric].replace(" (", ",\nheld-out (") if state else titles[metric])
+        chart.set_ylabel(titles[metric])
     if masks:
         if any(np.isfinite(chart.dataLim.y1) for chart in axes.flat):  # else no mask is there
             axes[0, 0].set_yscale("log", subs=[])  # ticks at powers only, none among open markers
@@ -159,7 +161,7 @@ def figure6(chain: Chain, results: pd.DataFrame) -> Figure:
 def updates_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """Held-out inverted ASR and mask size over the updates of the longest inversion."""
     figure, axes = canvas(1, 2, COLUMN_IN, 1.9)
-    titles = {"inverted_asr": "Inverted ASR,\nheld-out (%)", "mask_l1": "Mask size (L1)"}
+    titles = {"inverted_asr": HELD_OUT_ASR, "mask_l1": "Mask size (L1)"}
     rows = results[results.variant.str.startswith("updates=")]
     for chart, (metric, title) in zip(axes[0], titles.items(), strict=True):
         for attack in dict(suspects(chain.settings, among=chain.settings.ablations.switch_attacks)):

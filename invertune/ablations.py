@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -127,8 +126,7 @@ def table3_rows(chain: Chain, attacks: Sequence[str]) -> Rows:
     rows: Rows = []
     for attack, seed in suspects(chain.settings, among=attacks):
         for text, tuning in table3_tunings(chain).items():
-            settings = chain.settings.model_copy(update={"tuning": tuning})
-            done = steps.tuned(replace(chain, settings=settings), attack, seed)
+            done = steps.tuned(chain.with_settings(tuning=tuning), attack, seed)
             about: dict[str, Any] = {"paper_item": "table3", "variant": text}
             rows += _purified_rows(chain, attack, seed, done, RECALL_KS, **about)
     return rows

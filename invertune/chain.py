@@ -110,17 +110,21 @@ class Chain:
     @property
     def device(self) -> torch.device:
         """The device that is asked for (``DeviceError``); "auto": CUDA where there is one."""
-        wanted = self.settings.device
-        if wanted == "cpu" or not (why := no_gpu()):
-            return torch.device("cpu" if wanted == "cpu" else "cuda")
-        if wanted == "cuda":
+        if self.settings.device == "cpu":
+            return torch.device("cpu")
+        why = no_gpu()
+        if why and self.settings.device == "cuda":
             raise DeviceError(f"device = 'cuda', but {why}; mend that, or set device to cpu")
-        return torch.device("cpu")
+        return torch.device("cpu" if why else "cuda")
 
     @property
     def target(self) -> int:
         """Class index of the attacker's target (used to attack and to score, never to defend)."""
         return datasets.class_index(self.settings.data, self.settings.target)
+
+    def with_settings(self, **others: Any) -> Chain:
+        """The chain with other settings in the same store, where what is equal is found."""
+        return replace(self, settings=self.settings.model_copy(update=others))
 
     def run(
         self,

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import yaml
@@ -69,8 +68,8 @@ def page(
         "## The paper's figures and tables",
     ]
     for item, title in items["titles"].items():
-        about = f"[{notebooks[item]}](../../notebooks/{notebooks[item]}.ipynb)"
-        about += _run_on(results[results.paper_item == item.rstrip("ab")], item, items)
+        rows = _of_items(results, [item])
+        about = _origin(notebooks[item], rows, item in items["first_seed"])
         if paper is not None and not (printed := paper[paper.paper_item == item]).empty:
             about += f", the paper's numbers: {counted(printed.verdict)}"
         parts += [
@@ -79,12 +78,10 @@ def page(
         ]
     parts.append("## Beyond the paper")
     for notebook, titles in items["beyond"].items():
-        rows = results[
-            results.paper_item.isin([i.rstrip("ab") for i in items["notebooks"][notebook]])
-        ]
+        rows = _of_items(results, items["notebooks"][notebook])
         for name, title in titles.items():
-            about = f"[{notebook}](../../notebooks/{notebook}.ipynb)"
-            about += _run_on(results if rows.empty else rows, name, items)
+            first = name in items["first_seed"]
+            about = _origin(notebook, results if rows.empty else rows, first)
             if found := _shown(name, folder, files, items["reading"], about, named=False):
                 parts += [f"### {title}", *found]
     return "\n\n".join(parts) + "\n"
@@ -149,10 +146,16 @@ def _claims(results: pd.DataFrame) -> list[str]:
     return parts
 
 
-def _run_on(rows: pd.DataFrame, name: str, items: Mapping[str, Any]) -> str:
-    """The seeds of an item's rows, of which some items show the first only: ", seed 7"."""
-    seeds = sorted(_seeds(rows), key=int)
-    return f", {named_seeds(seeds[:1] if name in items['first_seed'] else seeds)}" if seeds else ""
+def _of_items(results: pd.DataFrame, items: Collection[str]) -> pd.DataFrame:
+    """The rows of some items; both halves of Figure 5 stand under "figure5"."""
+    return results[results.paper_item.isin([item.rstrip("ab") for item in items])]
+
+
+def _origin(notebook: str, rows: pd.DataFrame, first_seed: bool) -> str:
+    """The notebook that an item comes from, as a link, and the seeds of its rows, or the first."""
+    seeds = sorted(_seeds(rows), key=int)[: 1 if first_seed else None]
+    about = f"[{notebook}](../../notebooks/{notebook}.ipynb)"
+    return f"{about}, {named_seeds(seeds)}" if seeds else about
 
 
 def _shown(

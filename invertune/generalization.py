@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -75,8 +75,7 @@ def one_attack(chain: Chain, **settings: Any) -> Chain:
     """The chain with other settings, and notebook 06's one attack."""
     own = chain.settings
     attacks = own.attacks.model_copy(update={"names": (own.generalization.attack,)})
-    updated = own.model_copy(update={"attacks": attacks, **settings})
-    return replace(chain, settings=updated)
+    return chain.with_settings(attacks=attacks, **settings)
 
 
 def describe(found: Sequence[Case]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def purify(settings: Settings, out: Path, rounds: int = 1) -> str:
     chain, seed = open_chain(settings), settings.seeds[0]
     step1 = steps.identified(chain, SUSPECT, seed)
     target = steps.first_candidate(chain, SUSPECT, seed)
-    chain = replace(chain, settings=settings.model_copy(update={"target": target}))
+    chain = chain.with_settings(target=target)
     made = [(steps.inverted(chain, SUSPECT, seed).metrics, steps.tuned(chain, SUSPECT, seed))]
     if rounds > 1:
         again = second_round(chain, SUSPECT, seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,8 +230,7 @@ def _universal_rows(chain: Chain, attack: str, seed: int) -> Rows:
     Toward the class that step 1 found, whether or not it is the attacker's target.
     """
     (trigger, *_), source = steps.universal_triggers(chain, attack, seed)
-    found = {"target": steps.first_candidate(chain, attack, seed)}
-    suspecting = replace(chain, settings=chain.settings.model_copy(update=found))
+    suspecting = chain.with_settings(target=steps.first_candidate(chain, attack, seed))
     rows = []
     for defense in ("none", "invertune"):
         model = defenses.defended(chain, defense, attack, seed)

@@ -68,6 +68,12 @@ def load_settings(
         settings = Settings.model_validate({**merged, "profile": profile})
     except ValidationError as error:
         raise SettingsError(_explain(error)) from None
+    _check_limits(settings)
+    return settings
+
+
+def _check_limits(settings: Settings) -> None:
+    """Raises ``SettingsError`` for settings that do not fit each other."""
     attacks_too = not settings.data.source.startswith(OWN_IMAGES)
     for name, limit in {**LIMITS, **(ATTACKING_LIMITS if attacks_too else {})}.items():
         value, most = (operator.attrgetter(n)(settings) for n in (name, limit))
@@ -78,7 +84,6 @@ def load_settings(
         raise SettingsError(f"baselines.par.erase_area = [{smallest}, {largest}]: smallest first")
     if len(set(settings.seeds)) < len(settings.seeds):
         raise SettingsError(f"seeds = {list(settings.seeds)}: a seed stands there twice")
-    return settings
 
 
 def _merge(values: dict[str, Any], overrides: Mapping[str, Any], prefix: str) -> dict[str, Any]:
