@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add("check", _check, "versions, device, memory, disk, data, models, and the next command")
     add_options(add("data", _data, "describes the data of a profile"))
-    pretrain = add("pretrain", _pretrain, "pretrains a shipped model; goes on where it was killed")
+    pretrain = add("pretrain", _pretrain, "pretrains a shipped model and replaces it; resumable")
     pretrain.add_argument("backbone")
     pretrain.add_argument("profile", nargs="?", default="mini")
     pretrain.add_argument("--overrides", metavar="YAML", help="nested settings as YAML")

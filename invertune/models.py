@@ -184,7 +184,7 @@ def set_state(clip: Clip, state: dict[str, Tensor], source: str = "weights") -> 
     clip.net.load_state_dict({k: v.to(current[k].dtype) for k, v in state.items()})
 
 
-def check_state(clip: Clip, state: dict[str, Tensor], source: str = "weights") -> None:
+def check_state(clip: Clip, state: dict[str, Tensor], source: str) -> None:
     """Raises ``ModelError`` with the first name or shape in ``state`` that does not fit."""
     current = clip.net.state_dict()
     for name, tensor in current.items():

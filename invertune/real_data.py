@@ -100,7 +100,7 @@ def manifest(data: Data) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def fingerprint(root: Path, own: bool = False) -> str:
+def fingerprint(root: Path, own: bool) -> str:
     """A hash of the files below ``root``: names and sizes; of CSV, captions and words the content.
 
     ``own``: a user's class folders.
