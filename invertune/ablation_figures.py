@@ -118,7 +118,6 @@ def rounds_figure(chain: Chain, results: pd.DataFrame) -> Figure:
             groups[title] = tables.by_seed(rows, "attack")
         figures.bars(chart, names, groups)
     axes[0, 0].set_xlabel("ASR (%)")
-    axes[0, 0].margins(x=0.15)
     figures.percent_axis(axes[0, 1], "CA (%)")
     figures.legend_above(figure, axes[0, 0])
     return figure
@@ -173,6 +172,6 @@ def updates_figure(chain: Chain, results: pd.DataFrame) -> Figure:
         figures.mark_own(chart, chain.settings.inversion.steps)
         chart.set(xlabel="Updates", ylabel=title)
     figures.zoom(axes[0, 0])
-    axes[0, 1].set_ylim(bottom=0)
+    axes[0, 1].set_yscale("log")
     figures.legend_above(figure, axes[0, 0])
     return figure

@@ -80,8 +80,8 @@ def gate_figure(chain: Chain, results: pd.DataFrame) -> Figure:
 
 
 def ranking_table(chain: Chain) -> pd.DataFrame:
-    """Per model and seed: the candidates, smallest evidence first, with its factors: the mask's
-    size and the percentage of images that the largest increase leaves.
+    """Per model and seed: the candidates, lowest score first, with its factors: the mask's size and
+    the percentage of images that no perturbation drives to the class.
     """
     names, lines = datasets.distinct_names(chain.settings.data), []
     for attack, seed in suspects(chain.settings, nulls=True):
@@ -96,9 +96,9 @@ def ranking_table(chain: Chain) -> pd.DataFrame:
                 "attack": tables.label("attack", attack),
                 "seed": seed,
                 "candidates": ", ".join(chosen),
-                "mask L1, short inversion": _whole(sizes),
+                "mask L1 after a short inversion": _whole(sizes),
                 "largest increase": ", ".join(f"{gains[c]:+.1f}" for c in chosen),
-                "evidence (mask L1 x % that resist)": _whole(weighted),
+                "score (mask L1 x % not driven)": _whole(weighted),
                 "found": "(null)" if attack in NULLS else right,
             }
         )
@@ -139,17 +139,17 @@ def inversion_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
             "ASR": _column(rows, metric="asr", paper_item="figure5", **where),
             "inverted ASR": _column(rows, metric="inverted_asr", variant="", **where),
             "mask L1 at equal ASR": _column(rows, metric="mask_l1", variant="", **where),
-            "of the clean model's": _column(rows, metric="mask_l1_ratio", **where),
-            "mask energy at the trigger (%)": _column(
+            "mask L1 / clean model's": _column(rows, metric="mask_l1_ratio", **where),
+            "mask energy under the patch (%)": _column(
                 rows, metric="mask_energy", variant="", **where
             ),
-            "clean model's there (%)": _column(
+            "clean model's under the patch (%)": _column(
                 rows, metric="mask_energy", variant="floor=clean_model", **where
             ),
-            "in its quarter of the image (%)": _column(
+            "mask energy in the patch's quarter (%)": _column(
                 rows, metric="mask_energy", variant="place=quarter", **where
             ),
-            "clean model's in it (%)": _column(
+            "clean model's in the quarter (%)": _column(
                 rows, metric="mask_energy", variant="floor=clean_model;place=quarter", **where
             ),
         },

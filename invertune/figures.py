@@ -20,7 +20,6 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 
 from invertune.files import write_atomic
 from invertune.results import natural_order
@@ -172,12 +171,11 @@ def bars(
     groups: Mapping[str, Values],
     colors: Sequence[str] = (BEFORE, AFTER),
     column: str = "attack",
-    aside: bool = False,
 ) -> None:
     """Draws horizontal bars: for each of ``names``, of a ``column`` of the results, one per group.
 
-    A bar is the mean over seeds, written at its end, or ``aside`` of the chart; whiskers go from
-    min to max if seeds are several. A group need not have every name.
+    A bar is the mean over seeds, which is written beside the chart; whiskers go from min to max if
+    seeds are several. A group need not have every name.
     """
     several = any(len(v) > 1 for values in groups.values() for v in values.values())
     height = 0.8 / len(groups)
@@ -198,14 +196,10 @@ def bars(
             ecolor="0.45",  # seen on light and on dark bars
             error_kw={"elinewidth": 0.8, "label": WHISKERS if i == 0 else "_nolegend_"},
         )
-        if aside:
-            right = axes.get_yaxis_transform()
-            for bar, mean in zip(drawn, means, strict=True):
-                middle = bar.get_y() + bar.get_height() / 2
-                axes.text(1.02, middle, rate_text(mean), transform=right, va="center", fontsize=5)
-        else:
-            halo = [withStroke(linewidth=1.5, foreground="white")]  # a line crosses the number
-            axes.bar_label(drawn, fmt=rate_text, padding=1, fontsize=5, path_effects=halo)
+        beside = axes.get_yaxis_transform()
+        for bar, mean in zip(drawn, means, strict=True):
+            middle = bar.get_y() + bar.get_height() / 2
+            axes.text(1.02, middle, rate_text(mean), transform=beside, va="center", fontsize=5)
     axes.set_yticks(range(len(names)), [label(column, name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
 
@@ -216,8 +210,8 @@ def bar_panels(names: int, groups: int) -> tuple[Figure, np.ndarray]:
 
 
 def percent_axis(axes: Axes, title: str) -> None:
-    """A horizontal axis for 0 to 100 percent, with room to see a bar of 0 and the number of 100."""
-    axes.set(xlabel=title, xlim=(-2, 118), xticks=range(0, 101, 25))
+    """A horizontal axis for 0 to 100 percent, with room to see a bar of 0."""
+    axes.set(xlabel=title, xlim=(-2, 102), xticks=range(0, 101, 25))
 
 
 def legend_above(figure: Figure, axes: Axes) -> None:
@@ -277,7 +271,7 @@ def attack_gate(
     names = in_order(asr, ca_loss)
     figure, axes = bar_panels(len(names), 1)
     for chart, values, gate in zip(axes[0], (asr, ca_loss), (asr_gate, ca_gate), strict=True):
-        bars(chart, names, {"mean (the number)": values}, aside=True)
+        bars(chart, names, {"mean (the number)": values})
         chart.axvline(gate, color="black", linestyle="--", linewidth=0.8, label="gate")
     axes[0, 0].set(xlabel=f"ASR (%), at least {asr_gate:g}", xticks=range(0, 101, 25))
     axes[0, 1].set_xlabel(f"CA loss (points), at most {ca_gate:g}")

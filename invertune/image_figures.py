@@ -118,7 +118,7 @@ def figure1(
     axes[0, 2].set(title="1 Target", xlabel="Increase (points)")
     show(axes[0, 3], inverted, "2 Inverted trigger")
     before, after = asr
-    bars(axes[0, 4], in_order(before, after), {"before": before, "after": after}, aside=True)
+    bars(axes[0, 4], in_order(before, after), {"before": before, "after": after})
     percent_axis(axes[0, 4], "ASR (%)")
     axes[0, 4].set_title("3 Tuning")
     figure.legend(**legend(axes[0, 4]), loc="outside upper right", ncols=2)

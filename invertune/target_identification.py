@@ -110,7 +110,9 @@ def evidence(trigger: InvertedTrigger, increase: float) -> tuple[float, float]:
 
 
 def weighted_mask(mask_l1: float, increase: float) -> float:
-    """Mask L1 at equal ASR times the percentage of images that resist; small for a target."""
+    """The score: mask L1 at equal ASR times the percentage of images that no perturbation drives
+    to the class, at least 1. Small for a target.
+    """
     return mask_l1 * max(100 - increase, 1.0)
 
 
