@@ -49,7 +49,7 @@ def patch_generator() -> nn.Module:
     )
 
 
-def discriminator() -> nn.Module:
+def patch_discriminator() -> nn.Module:
     """Scores whether an image [N, 3, H, W] is untouched (one logit each)."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 4, 4),
@@ -82,16 +82,17 @@ def generated_patch(view: View, settings: Identification, seed: int) -> Tensor:
     """Trains the generator against the frozen model and returns its patch [3, p, p] in [0, 1]."""
     clip, clean, texts = view.clip, view.features, view.texts
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        maker, judge = patch_generator().to(clip.device), discriminator().to(clip.device)
+        torch.default_generator.manual_seed(seed)
+        generator = patch_generator().to(clip.device)
+        discriminator = patch_discriminator().to(clip.device)
         noise = torch.randn(NOISES, NOISE_DIM, 1, 1).to(clip.device)
     lr, betas = settings.generator_lr, (0.5, 0.999)
-    maker_steps = torch.optim.Adam(maker.parameters(), lr=lr, betas=betas)
-    judge_steps = torch.optim.Adam(judge.parameters(), lr=lr, betas=betas)
+    generator_optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=betas)
+    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=lr, betas=betas)
 
     def patch() -> Tensor:
         side = (settings.patch_px, settings.patch_px)
-        return F.interpolate(maker(noise), side, mode="bilinear", align_corners=False)[0]
+        return F.interpolate(generator(noise), side, mode="bilinear", align_corners=False)[0]
 
     rows_at = functools.partial(batch_indices, len(view.images), settings.batch, seed)
     batches = with_rows(view.images, rows_at, clip.device)
@@ -99,14 +100,16 @@ def generated_patch(view: View, settings: Identification, seed: int) -> Tensor:
         pictures, rows = batches(step)
         real = to_pixels(pictures, clip.device)
         fake = perturb("patch", patch(), real)
-        judge_steps.zero_grad()
-        _judgement(judge, real, fake.detach()).backward()
-        judge_steps.step()
+        discriminator_optimizer.zero_grad()
+        discriminator_loss(discriminator, real, fake.detach()).backward()
+        discriminator_optimizer.step()
         with torch.no_grad():
-            for weight in judge.parameters():
+            for weight in discriminator.parameters():
                 weight.clamp_(-DISCRIMINATOR_CLAMP, DISCRIMINATOR_CLAMP)
         adversarial = image_features(clip, fake)
-        hidden = F.binary_cross_entropy_with_logits(judge(fake), fake.new_ones(len(fake), 1))
+        hidden = F.binary_cross_entropy_with_logits(
+            discriminator(fake), fake.new_ones(len(fake), 1)
+        )
         loss = (
             hidden
             + F.mse_loss(fake, real)
@@ -115,15 +118,16 @@ def generated_patch(view: View, settings: Identification, seed: int) -> Tensor:
             - DELTA * topology_gap(clean[rows], adversarial)
             - DELTA * GAMMA * topology_gap(adversarial, texts[rows])
         )
-        maker_steps.zero_grad()
+        generator_optimizer.zero_grad()
         loss.backward()
-        maker_steps.step()
-    maker.eval()
+        generator_optimizer.step()
+    generator.eval()
     with torch.no_grad():
         return patch()
 
 
-def _judgement(judge: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    scores = judge(torch.cat([real, fake]))
+def discriminator_loss(discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    """Cross-entropy of telling ``real`` images [N, 3, H, W] from as many ``fake`` ones."""
+    scores = discriminator(torch.cat([real, fake]))
     truth = torch.cat([scores.new_ones(len(real), 1), scores.new_zeros(len(fake), 1)])
     return F.binary_cross_entropy_with_logits(scores, truth)
