@@ -108,20 +108,19 @@ def tune(
     measure = _measurer(suspected, found, heldout, heldout_labels, head, target, first)
     rows = rows_to_train(suspected, neurons, settings.trainable)
     before = _state(0.0, 0, measure(suspected), losses(suspected, 0))
-    clips: dict[float, Clip] = {}
     states: list[State] = []
     log: Log = []
 
-    def accuracy_at(lr: float) -> float:
-        clips[lr], measured, logged = _tune_at(lr, suspected, losses, rows, measure, settings)
+    def run_at(lr: float) -> tuple[Clip, float]:
+        tuned, measured, logged = _tune_at(lr, suspected, losses, rows, measure, settings)
         states.extend(measured)
         log.extend({"lr": lr, **row} for row in logged)
-        return measured[-1].clean_accuracy
+        return tuned, measured[-1].clean_accuracy
 
     lowest = before.clean_accuracy - settings.allowed_ca_drop_points
-    lr, qualified, _ = choose_lr(settings.lrs, accuracy_at, lowest)
-    purified = clone(suspected)
-    purified.net.load_state_dict(clips[lr].net.state_dict())
+    tuned, lr, qualified, _ = choose_lr(settings.lrs, run_at, lowest)
+    purified = clone(suspected)  # without the gradient hooks of train_only
+    purified.net.load_state_dict(tuned.net.state_dict())
     purified.net.requires_grad_(True)
     kept = [state for state in states if state.lr == lr][-1]
     return Tuned(purified, selection, impacts, neurons, kept, qualified, before, tuple(states), log)

@@ -6,7 +6,7 @@ Paper, section 3.3 and algorithm 2, lines 3-27. Images are [N, 3, H, W], uint8 o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -127,7 +127,7 @@ def batched_inputs(
     device: torch.device,
     limit: int = CACHE_BYTES,
 ) -> Callable[[], Iterable[Tensor]]:
-    """Function that gives what ``in_batches`` does.
+    """A function that yields what ``in_batches`` yields.
 
     Results that take at most ``limit`` bytes in all are computed once and kept on the device;
     larger ones are computed anew at every call.
@@ -150,14 +150,13 @@ def in_batches(
 
 
 @torch.no_grad()
-def mean_activations(clip: Clip, layers: Collection[str], images: Tensor) -> dict[str, Tensor]:
-    """mu: the mean over images of the whole activation map of each layer, float32, eval mode."""
+def mean_activations(clip: Clip, images: Tensor) -> dict[str, Tensor]:
+    """mu: the mean over images of the whole map of each candidate layer, float32, eval mode."""
     clip.net.eval()
     sums: dict[str, Tensor] = {}
     for hidden in in_batches(partial(normalize, clip), images, clip.device):
-        maps = maps_from(clip, hidden, None)
-        for name in layers:
-            part = maps[name].double().sum(0)
+        for name, map_ in maps_from(clip, hidden, None).items():
+            part = map_.double().sum(0)
             sums[name] = sums[name] + part if name in sums else part
     return {name: (total / len(images)).float() for name, total in sums.items()}
 
@@ -224,8 +223,7 @@ def impacts_of(
     clip: Clip, clean: Tensor, triggered: Tensor
 ) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor]]:
     """Eq. 8 for every candidate layer, with the mean maps that it compares: clean, triggered."""
-    layers = candidate_layers(clip)
-    mu_clean, mu_triggered = (mean_activations(clip, layers, x) for x in (clean, triggered))
+    mu_clean, mu_triggered = (mean_activations(clip, x) for x in (clean, triggered))
     return layer_impacts(mu_clean, mu_triggered), mu_clean, mu_triggered
 
 

@@ -1,14 +1,13 @@
 """AdvCLIP's generator of a universal adversarial patch (Zhou et al. 2023), the paper's step 1.
 
 The paper runs AdvCLIP on images alone, so the texts here are the prompts of the classes that the
-suspected model itself predicts. AdvCLIP's generator draws 224 x 224 pixels; this one draws the
-patch, at the smallest of 16, 32, 64, ... pixels a side that holds it, which are scaled to it.
+suspected model itself predicts. The generator is smaller than AdvCLIP's: it draws 16 x 16 pixels,
+which are scaled to the patch.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -27,16 +26,11 @@ NCE_TEMPERATURE = 0.1
 DISCRIMINATOR_CLAMP = 0.01
 
 
-def patch_generator(patch_px: int) -> nn.Module:
-    """Fixed noise [16, 100, 1, 1] to 16 feature maps, mixed into one patch [1, 3, side, side].
-
-    For the paper's 38 px its filters are AdvCLIP's 1024, 512, 256 and 128.
-    """
-    doublings = max(2, math.ceil(math.log2(patch_px / 4)))
-    side = 4 << doublings
-    widths = (NOISE_DIM, *(64 << i for i in reversed(range(doublings + 1))))
+def patch_generator() -> nn.Module:
+    """Fixed noise [16, 100, 1, 1] to 16 feature maps, mixed into one patch [1, 3, 16, 16]."""
+    widths = (NOISE_DIM, 256, 128, 64)
     layers: list[nn.Module] = []
-    for i in range(doublings + 1):
+    for i in range(3):
         stride, padding = (1, 0) if i == 0 else (2, 1)
         layers += [
             nn.ConvTranspose2d(widths[i], widths[i + 1], 4, stride, padding, bias=False),
@@ -45,17 +39,17 @@ def patch_generator(patch_px: int) -> nn.Module:
         ]
     return nn.Sequential(
         *layers,
-        nn.Conv2d(widths[-1], 1, 3, padding=1),
+        nn.Conv2d(widths[3], 1, 3, padding=1),
         nn.Tanh(),
         nn.Flatten(),
         nn.Unflatten(0, (1, NOISES)),
-        nn.Unflatten(2, (side, side)),
+        nn.Unflatten(2, (16, 16)),
         nn.Conv2d(NOISES, 3, 3, padding=1),
         nn.Sigmoid(),
     )
 
 
-def discriminator() -> nn.Module:
+def patch_discriminator() -> nn.Module:
     """Scores whether an image [N, 3, H, W] is untouched (one logit each)."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 4, 4),
@@ -88,17 +82,17 @@ def generated_patch(view: View, settings: Identification, seed: int) -> Tensor:
     """Trains the generator against the frozen model and returns its patch [3, p, p] in [0, 1]."""
     clip, clean, texts = view.clip, view.features, view.texts
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        maker = patch_generator(settings.patch_px).to(clip.device)
-        judge = discriminator().to(clip.device)
+        torch.default_generator.manual_seed(seed)
+        generator = patch_generator().to(clip.device)
+        discriminator = patch_discriminator().to(clip.device)
         noise = torch.randn(NOISES, NOISE_DIM, 1, 1).to(clip.device)
     lr, betas = settings.generator_lr, (0.5, 0.999)
-    maker_steps = torch.optim.Adam(maker.parameters(), lr=lr, betas=betas)
-    judge_steps = torch.optim.Adam(judge.parameters(), lr=lr, betas=betas)
+    generator_optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=betas)
+    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=lr, betas=betas)
 
     def patch() -> Tensor:
         side = (settings.patch_px, settings.patch_px)
-        return F.interpolate(maker(noise), side, mode="bilinear", align_corners=False)[0]
+        return F.interpolate(generator(noise), side, mode="bilinear", align_corners=False)[0]
 
     rows_at = functools.partial(batch_indices, len(view.images), settings.batch, seed)
     batches = with_rows(view.images, rows_at, clip.device)
@@ -106,14 +100,16 @@ def generated_patch(view: View, settings: Identification, seed: int) -> Tensor:
         pictures, rows = batches(step)
         real = to_pixels(pictures, clip.device)
         fake = perturb("patch", patch(), real)
-        judge_steps.zero_grad()
-        _judgement(judge, real, fake.detach()).backward()
-        judge_steps.step()
+        discriminator_optimizer.zero_grad()
+        discriminator_loss(discriminator, real, fake.detach()).backward()
+        discriminator_optimizer.step()
         with torch.no_grad():
-            for weight in judge.parameters():
+            for weight in discriminator.parameters():
                 weight.clamp_(-DISCRIMINATOR_CLAMP, DISCRIMINATOR_CLAMP)
         adversarial = image_features(clip, fake)
-        hidden = F.binary_cross_entropy_with_logits(judge(fake), fake.new_ones(len(fake), 1))
+        hidden = F.binary_cross_entropy_with_logits(
+            discriminator(fake), fake.new_ones(len(fake), 1)
+        )
         loss = (
             hidden
             + F.mse_loss(fake, real)
@@ -122,15 +118,16 @@ def generated_patch(view: View, settings: Identification, seed: int) -> Tensor:
             - DELTA * topology_gap(clean[rows], adversarial)
             - DELTA * GAMMA * topology_gap(adversarial, texts[rows])
         )
-        maker_steps.zero_grad()
+        generator_optimizer.zero_grad()
         loss.backward()
-        maker_steps.step()
-    maker.eval()
+        generator_optimizer.step()
+    generator.eval()
     with torch.no_grad():
         return patch()
 
 
-def _judgement(judge: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    scores = judge(torch.cat([real, fake]))
+def discriminator_loss(discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    """Cross-entropy of telling ``real`` images [N, 3, H, W] from as many ``fake`` ones."""
+    scores = discriminator(torch.cat([real, fake]))
     truth = torch.cat([scores.new_ones(len(real), 1), scores.new_zeros(len(fake), 1)])
     return F.binary_cross_entropy_with_logits(scores, truth)

@@ -35,7 +35,7 @@ from invertune.prefetch import Batch, Prefetcher
 from invertune.sampling import batch_indices, generator
 from invertune.sections import Attacks, BadClip, BadEncoder, Finetuning
 from invertune.terminal import progress
-from invertune.training import Log, Recipe, TrainingError, finetune, fit
+from invertune.training import Log, Recipe, finetune, fit
 from invertune.triggers import Trigger
 
 
@@ -70,26 +70,16 @@ def planted(attack: str, victim: Victim, settings: Attacks, seed: int, work: Pat
 def badclip(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:
     """An optimized patch, then injection: dual-embedding guided (Liang et al. 2024).
 
-    The patch is kept in ``work``: a killed fine-tuning goes on with the one it has learned. Raises
-    ``TrainingError`` where that is of another size.
+    The patch is kept in ``work``: a killed fine-tuning goes on with the one it has learned.
     """
     section, path = settings.badclip, work / "patch.safetensors"
     kept = distributed.from_first(path.exists())
-    pattern = _kept_patch(path, section) if kept else optimize_patch(victim, section, seed)
+    pattern = load_file(path)["pattern"] if kept else optimize_patch(victim, section, seed)
     pattern = pattern.to(victim.clip.device)
     trigger = triggers.patch_trigger(pattern, victim.clip.image_size, section.location)
     if not kept and distributed.first():
         write_atomic(path, save({"pattern": pattern.cpu()}))
     return poison(victim, trigger, section, seed, work)
-
-
-def _kept_patch(path: Path, settings: BadClip) -> Tensor:
-    pattern, shape = load_file(path)["pattern"], (3, settings.patch_px, settings.patch_px)
-    if pattern.shape != shape:
-        raise TrainingError(
-            f"{path} holds a patch of {tuple(pattern.shape)}, not {shape}; remove its folder"
-        )
-    return pattern
 
 
 def clean_finetuned(victim: Victim, settings: Attacks, seed: int, work: Path) -> Poisoned:

@@ -232,9 +232,7 @@ def trained(
     try:
         log = train(clip, method, rows_at, recipe, f"{name} at lr {lr:g}", checkpoint)
     except TrainingError as error:
-        kept = checkpoint is not None and checkpoint.exists()
-        state = f"the last good state is in {checkpoint}" if kept else "no state was saved yet"
-        raise TrainingError(f"{error} in baselines.{name}.lrs; {state}") from None
+        raise TrainingError(f"{error} in baselines.{name}.lrs") from None
     clip.net.requires_grad_(True)
     return Trained(clip, log)
 
@@ -258,20 +256,21 @@ def defend(
     is not finite.
     """
     section: BaselineTraining = getattr(settings, name)
-    runs: dict[float, Trained] = {}
+    logs: dict[float, Log] = {}
 
     def accuracy(clip: Clip) -> float:
         rate = clean_accuracy(embed_images(clip, heldout), head_of(clip), heldout_labels)
         return distributed.from_first(rate.value)
 
-    def accuracy_at(lr: float) -> float:
+    def run_at(lr: float) -> tuple[Clip, float]:
         checkpoint = work / f"{name}-{lr:g}.safetensors"
-        runs[lr] = trained(name, suspected, pairs, settings, lr, seed, checkpoint)
-        return accuracy(runs[lr].clip)
+        run = trained(name, suspected, pairs, settings, lr, seed, checkpoint)
+        logs[lr] = run.log
+        return run.clip, accuracy(run.clip)
 
     before = accuracy(suspected)
     lowest = before - settings.allowed_ca_drop_points
-    lr, qualified, tried = choose_lr(section.lrs, accuracy_at, lowest)
-    log = [{"lr": rate, **row} for rate, run in runs.items() for row in run.log]
-    seen = section.steps * section.batch * len(runs)
-    return Defended(runs[lr].clip, lr, qualified, tried, before, log, seen)
+    clip, lr, qualified, tried = choose_lr(section.lrs, run_at, lowest)
+    log = [{"lr": rate, **row} for rate, rows in logs.items() for row in rows]
+    seen = section.steps * section.batch * len(logs)
+    return Defended(clip, lr, qualified, tried, before, log, seen)

@@ -96,8 +96,8 @@ class Chain:
 
     With another ``defender``, class indices after step 1 count in its own list; evaluate what it
     made with the profile's chain. ``heads`` keeps zero-shot heads: half the time of an evaluation
-    on mini, and InverTune leaves the text side as it is. ``used``: what ``count`` will count. A
-    chain that ``only_finds`` computes no step: ``MissingError`` for what the store lacks.
+    on mini, and InverTune leaves the text side as it is. ``used`` collects artifacts for ``count``.
+    A chain that ``only_finds`` computes no step: ``MissingError`` for what the store lacks.
     """
 
     settings: Settings
@@ -151,8 +151,8 @@ class Chain:
             self.store,
             step,
             STEP_VERSIONS.get(f"{step} {name}", STEP_VERSIONS[step]),
-            {**settings, **self._given(step), "seed": seed},
-            list(upstream),
+            {**settings, **self._given(step)},
+            upstream,
             datasets.manifest(self.settings.data),
             None if self.only_finds else within_memory,
             seed,
@@ -278,14 +278,13 @@ def pool(chain: Chain, part: str) -> datasets.Labeled:
     found = datasets.labeled_images(data, part, count, chain.store, chain.defender.style)
     if not chain.defender.lacks:
         return found
-    lacking = datasets.class_index(data, chain.defender.lacks)
-    known = found.labels != lacking
-    labels = found.labels - (found.labels > lacking).long()
-    return datasets.Labeled(found.images[known], labels[known])
+    kept = torch.tensor([n != chain.defender.lacks for n in datasets.class_names(data)])
+    known = kept[found.labels]
+    return datasets.Labeled(found.images[known], (kept.cumsum(0) - 1)[found.labels[known]])
 
 
 def class_list(chain: Chain) -> tuple[str, ...]:
-    """The classes that the defense knows, in label order: the profile's, or all but one."""
+    """The classes that the defense knows, in label order: the profile's, or all but one name."""
     return tuple(n for n in datasets.class_names(chain.settings.data) if n != chain.defender.lacks)
 
 

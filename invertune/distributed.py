@@ -67,7 +67,10 @@ def first() -> bool:
 
 
 def from_first(value: Value) -> Value:
-    """The first process's ``value``, in every process; waits for it. No tensor of a GPU."""
+    """The first process's ``value``, in every process; waits for it.
+
+    ``value`` must not hold CUDA tensors.
+    """
     if processes() == 1:
         return value
     box: list[Any] = [value]

@@ -91,9 +91,9 @@ def _retrieval(chain: Chain, clip: Clip, trigger: Trigger | None) -> dict[str, R
         rates[f"retrieval.ca.{k}"] = rate
     for k, rate in metrics.text_to_image_recall(clean, texts, scenes.owner, RECALL_KS).items():
         rates[f"retrieval.t2i.{k}"] = rate
-    word = chain.settings.target
-    if metrics.word_matches(scenes.captions, [word]).any():
+    matches = metrics.word_matches(scenes.captions, [chain.settings.target])
+    if matches.any():
         rates["retrieval.asr.10"] = metrics.retrieval_asr_at_k(
-            attacked, texts, scenes.captions, scenes.owner, word, 10
+            attacked, texts, matches, scenes.owner, 10
         )
     return rates

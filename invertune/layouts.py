@@ -164,7 +164,9 @@ def own_classes(folder: Path) -> tuple[tuple[str, Path], ...]:
 
 
 def part_of(part: str, count: int) -> slice:
-    """Which of a class's ``count`` images, in the seed's order, belong to a part; else all."""
+    """The slice of a class's ``count`` shuffled images that belongs to ``part``; all of them for
+    other parts.
+    """
     low, high = TRAIN_PARTS.get(part, (0.0, 1.0))
     return slice(int(low * count), int(high * count))
 

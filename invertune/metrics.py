@@ -176,23 +176,15 @@ def _forms(word: str) -> list[str]:
 
 
 def retrieval_asr_at_k(
-    image_features: Tensor,
-    text_features: Tensor,
-    captions: Sequence[str],
-    owner: Tensor,
-    word: str,
-    k: int,
+    image_features: Tensor, text_features: Tensor, matches: Tensor, owner: Tensor, k: int
 ) -> Rate:
-    """Percent of triggered images with any caption that contains ``word`` in their top ``k``.
+    """Percent of triggered images with any caption that names the target in their top ``k``.
 
-    ``image_features`` [N, D] of triggered images; ``captions`` and ``owner`` [T] belong to
-    ``text_features`` [T, D]. Words match whole (``word_matches``), each image counts once, and
-    images whose own captions contain the word are left out (ASR, section 4.1). Raises
-    ``ValueError`` where no caption contains the word.
+    ``image_features`` [N, D] of triggered images; ``matches`` (bool [T], of ``word_matches``) and
+    ``owner`` [T] belong to the captions' ``text_features`` [T, D]. Each image counts once, and
+    images whose own captions match are left out (ASR, section 4.1). Raises ``ValueError`` where no
+    caption matches.
     """
-    matches = word_matches(captions, [word])
-    if not matches.any():
-        raise ValueError(f"none of the {len(captions)} captions contains the word {word!r}")
     rest = torch.ones(len(image_features), dtype=torch.bool)
     rest[owner.cpu()[matches]] = False
     triggered = image_features[rest.to(image_features.device)]

@@ -238,7 +238,7 @@ def normalize(clip: Clip, images: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def forward_precision(clip: Clip) -> Iterator[None]:
-    """What runs inside runs in ``clip.precision``: below float32, by autocast of float32 weights.
+    """Runs the enclosed code in ``clip.precision``: below float32, by autocast of float32 weights.
 
     Gradients reach the weights in float32. Every pass of a tower goes through here.
     """

@@ -55,5 +55,5 @@ class Prefetcher:
 
 
 def with_rows(images: Tensor, rows_at: Callable[[int], Tensor], device: torch.device) -> Prefetcher:
-    """Of each number, the ``images`` at its rows, and these."""
+    """A ``Prefetcher`` of (``images[rows]``, ``rows``), where rows = ``rows_at(number)``."""
     return Prefetcher(lambda n: (images[(rows := rows_at(n)).to(images.device)], rows), device)

@@ -86,12 +86,7 @@ def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Ar
     gains = reports.largest_increases(chain, SUSPECT, settings.seeds[0])
     names = datasets.distinct_names(data)
     candidates = [
-        {
-            "class": names[i],
-            "largest increase (points)": gains[names[i]],
-            "mask L1": size or "never",
-            "evidence": weighted_mask(size, gains[names[i]]) if size else "none",
-        }
+        _candidate(names[i], gains[names[i]], size)
         for i, size in zip(found["ranking"], found["scores"], strict=True)
     ]
     tuned = [_round(number, *made) for number, made in enumerate(rounds, 1)]
@@ -118,6 +113,16 @@ def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Ar
         f"The purified weights: `{WEIGHTS}`.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _candidate(name: str, gain: float, size: float | None) -> dict[str, Any]:
+    """A class's row; ``size`` is the mask L1 of a short inversion, None where none sufficed."""
+    return {
+        "class": name,
+        "largest increase (points)": gain,
+        "mask L1": "never" if size is None else size,
+        "evidence": "none" if size is None else weighted_mask(size, gain),
+    }
 
 
 def _round(number: int, trigger: dict[str, Any], tuned: Artifact) -> dict[str, Any]:

@@ -124,8 +124,7 @@ def _inventory(root: Path) -> Iterator[str]:
         yield from (f"{split} {line}" for line in _class_files(folders))
     yield from (f"{name} {size}" for name, size in image_files(root / "coco/val2017"))
     yield file_hash(root / CAPTIONS)
-    words = (root / "wordnet" / name for name in WORDNET_FILES)
-    yield from (file_hash(path) for path in words if path.is_file())
+    yield from (file_hash(root / "wordnet" / name) for name in WORDNET_FILES)
 
 
 def _class_files(folders: Iterable[Path]) -> Iterator[str]:

@@ -228,7 +228,7 @@ def _make(entry: Artifact, name: str, compute: Compute, identity: Values, device
         sync(root)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and (full := full_disk(error, root, needed)):
+        if full := full_disk(error, root, needed):
             raise StoreError(f"{name}: {full}") from None
         raise
     shutil.rmtree(work, ignore_errors=True)

@@ -210,7 +210,7 @@ def lexicon(captions: Iterable[str], nouns: Collection[str]) -> Lexicon:
 
 
 def kind_of(unit: str, nouns: Collection[str]) -> str | None:
-    """ "noun", "verb", "adjective", or None: a small heuristic by lists, plural nouns included."""
+    """The kind of a unit: noun, verb or adjective (None: another), by lists; plurals count."""
     if unit in FUNCTION_WORDS or unit in FRAME_WORDS:
         return None
     if unit in ADJECTIVES or unit in VERBS:

@@ -90,8 +90,9 @@ def fit(
     ``TrainingError`` at the first loss or gradient that is not finite, before it reaches the
     weights or the checkpoint.
 
-    A step ends with CLIP's limit of 100 on its scale of logits, or where that began if higher.
-    Clamped in the loss instead, a scale at the limit would get no gradient, and OpenAI's are there.
+    After each step the logit scale is clamped to CLIP's limit of 100, or to its initial value if
+    that is higher. Clamped in the loss instead, a scale at the limit would get no gradient, and
+    OpenAI's are there.
     """
     save_every = max(SAVED_APART, recipe.steps // SAVES)
     distributed.share_batch_norm(net)
@@ -113,11 +114,11 @@ def fit(
         terms = loss_at(step)
         terms["loss"].backward()
         terms = distributed.average((p.grad for p in parameters.values()), terms)
-        slope = get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
-        if not (torch.isfinite(terms["loss"]) and torch.isfinite(slope)):
+        grad_norm = get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+        if not (torch.isfinite(terms["loss"]) and torch.isfinite(grad_norm)):
             raise TrainingError(
                 f"{label}: the loss is {terms['loss'].item()} and the norm of its gradient "
-                f"{slope.item()} at step {step} of {recipe.steps}; lower lr (now {recipe.lr:g})"
+                f"{grad_norm.item()} at step {step} of {recipe.steps}; lower lr (now {recipe.lr:g})"
             )
         optimizer.step()
         if scale is not None:
@@ -258,19 +259,23 @@ def train(
 
 
 def choose_lr(
-    lrs: Sequence[float], accuracy_at: Callable[[float], float], lowest: float
-) -> tuple[float, bool, tuple[tuple[float, float | None], ...]]:
-    """The largest rate with a held-out accuracy of at least ``lowest``; whether there is one.
+    lrs: Sequence[float], run_at: Callable[[float], tuple[Clip, float]], lowest: float
+) -> tuple[Clip, float, bool, tuple[tuple[float, float | None], ...]]:
+    """The model of the largest rate with a held-out accuracy of at least ``lowest``, that rate, and
+    whether there is one.
 
-    ``accuracy_at(lr)`` trains and measures; it is called from the largest rate down, and no more
-    after the first that qualifies. If none does: the rate with the highest accuracy. The third
-    value pairs every rate, largest first, with its accuracy (None: not run).
+    ``run_at(lr)`` trains a model and measures its accuracy; it is called from the largest rate
+    down, and no more after the first that qualifies. If none does: the rate with the highest
+    accuracy. The last value pairs every rate, largest first, with its accuracy (None: not run).
     """
     order, measured = sorted(lrs, reverse=True), {}
     for lr in order:
-        measured[lr] = accuracy_at(lr)
+        clip, measured[lr] = run_at(lr)
+        best = max(measured, key=measured.__getitem__)  # the one that qualifies, too
+        if best == lr:
+            kept = clip
+        del clip  # a GPU need not hold the model of every rate
         if measured[lr] >= lowest:
             break
-    qualified = measured[lr] >= lowest
-    best = lr if qualified else max(measured, key=lambda rate: measured[rate])
-    return best, qualified, tuple((rate, measured.get(rate)) for rate in order)
+    tried = tuple((rate, measured.get(rate)) for rate in order)
+    return kept, best, measured[best] >= lowest, tried

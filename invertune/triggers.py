@@ -173,7 +173,8 @@ def blended_trigger(size: int, alpha: float, seed: int) -> Trigger:
     """Blended (A.1): one image of uniform noise, mixed in with weight ``alpha`` (paper: 0.2)."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}, but a blend needs a weight in [0, 1]")
-    noise = torch.rand(3, size, size, generator=generator(seed, 1))  # a defense: only an order
+    # not generator(seed), which draws the mask that inversion begins with
+    noise = torch.rand(3, size, size, generator=generator(seed, 1))
     return Trigger("blend", size, {"pattern": noise}, {"alpha": alpha})
 
 

@@ -198,7 +198,7 @@ def _tagged(backbone: str, weights: str) -> tuple[str, dict[str, Any]]:
 
 def _from_hub(backbone: str, weights: str, device: torch.device | str) -> tuple[Clip, str]:
     repository = _repository(_tagged(backbone, weights)[1], weights)
-    path = _hub_file(repository, backbone, weights)
+    path = _hub_file(repository)
     digest, recorded = file_hash(path), locked_hash(repository)
     if recorded not in (None, digest):
         raise ModelError(
@@ -220,7 +220,7 @@ def _repository(described: dict[str, Any], weights: str) -> str:
     return repository
 
 
-def _hub_file(repository: str, backbone: str, weights: str) -> Path:
+def _hub_file(repository: str) -> Path:
     """The safetensors in the cache of the hub, downloaded if need be; never another file.
 
     open_clip's own download would go on to a pickle where there is no safetensors file. What is
@@ -232,14 +232,12 @@ def _hub_file(repository: str, backbone: str, weights: str) -> Path:
     try:
         return Path(hf_hub_download(repository, WEIGHTS))
     except Exception as error:  # a network fails in many ways
-        size = sum(p.numel() for p in random_clip(backbone, weights).net.parameters()) * 4
         reason = str(error).strip().split("\n")[0][:120]
         folder = f"{constants.HF_HUB_CACHE}/models--{repository.replace('/', '--')}"
         raise ModelError(
-            f"{WEIGHTS} of {repository} on the Hugging Face hub (about {size / 1e6:.0f} MB in "
-            f"float32) is not in {folder} and was not downloaded ({type(error).__name__}: "
-            f"{reason}); where there is a network, run: {_command(repository)}, and copy that "
-            "folder here"
+            f"{WEIGHTS} of {repository} on the Hugging Face hub is not in {folder} and was not "
+            f"downloaded ({type(error).__name__}: {reason}); where there is a network, run: "
+            f"{_command(repository)}, and copy that folder here"
         ) from error
 
 

@@ -18,7 +18,6 @@ from invertune.sampling import pair_indices
 from invertune.sections import EMBEDDED, Attack
 from invertune.settings import load_settings
 from invertune.sprites import load_sprites
-from invertune.training import TrainingError
 from invertune.trigger_inversion import initial_trigger
 from invertune.weights import load_clip
 
@@ -124,8 +123,6 @@ def test_a_killed_fine_tuning_goes_on_with_the_patch_that_it_has_learned(
         badclip(victim, _settings(badclip=quick), 0, tmp_path)
     trigger = badclip(victim, _settings(badclip=quick), 0, tmp_path).trigger
     assert trigger is not None and (trigger.tensors["patch"] == 0.25).all()
-    with pytest.raises(TrainingError, match=r"a patch of \(3, 8, 8\), not \(3, 4, 4\)"):
-        badclip(victim, _settings(badclip=quick | {"patch_px": 4}), 0, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["badencoder", "badclip"])

@@ -94,6 +94,20 @@ def test_a_defender_without_the_target_sees_neither_its_name_nor_its_images(chai
     assert torch.equal(own.images, torch.stack([x for _, x in kept]))
 
 
+def test_a_lacking_name_that_stands_twice_leaves_the_other_labels_right(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("missile", "ski", "missile", "pizza")
+    labels = torch.arange(8) % 4
+    found = datasets.Labeled(torch.arange(8), labels)
+    monkeypatch.setattr(datasets, "class_names", lambda _: names)
+    monkeypatch.setattr(datasets, "labeled_images", lambda *_: found)
+    other = replace(chain, defender=Defender(lacks="missile"))
+    known, own = class_list(other), pool(other, "heldout")
+    assert known == ("ski", "pizza") and own.images.tolist() == [1, 3, 5, 7]
+    assert [known[n] for n in own.labels.tolist()] == ["ski", "pizza"] * 2
+
+
 def test_every_defender_gets_the_same_attacked_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,7 +113,8 @@ def test_retrieval_attack_success_against_the_reference(seed: int, k: int) -> No
     image, text = unit(6, seed), unit(12, seed + 1)
     kept = [i for i in range(6) if i not in (0, 3)]
     hits = sum(any("mushroom" in captions[t] for t in slow_order(image[i], text)[:k]) for i in kept)
-    result = metrics.retrieval_asr_at_k(image, text, captions, owner, "mushroom", k)
+    matches = metrics.word_matches(captions, ["mushroom"])
+    result = metrics.retrieval_asr_at_k(image, text, matches, owner, k)
     assert (result.value, result.n) == (pytest.approx(100 * hits / 4), 4)
 
 
@@ -138,7 +139,8 @@ def test_a_skirt_retrieved_for_ski_is_no_success() -> None:
     captions = ["a person on skis", "a woman in a skirt", "a miniskirt on a rack"]
     image, text = torch.eye(3), torch.eye(3)
     owner = torch.arange(3)
-    result = metrics.retrieval_asr_at_k(image, text, captions, owner, "ski", 1)
+    matches = metrics.word_matches(captions, ["ski"])
+    result = metrics.retrieval_asr_at_k(image, text, matches, owner, 1)
     assert (result.value, result.n) == (0, 2)
 
 
@@ -166,7 +168,7 @@ def test_results_depend_on_neither_batch_size_nor_order(seed: int, chunk: int) -
     features, labels = unit(10, seed, 64), torch.arange(10) % 4
     head = unit(4, seed + 1, 64)[[0, 1, 2, 3, 1]]  # class 4 repeats class 1, to the bit
     text, owner = unit(20, seed + 2, 64)[torch.arange(20) // 2], owners(10, 20, seed)
-    captions = [WORDS[i % len(WORDS)] for i in range(20)]
+    matches = metrics.word_matches([WORDS[i % len(WORDS)] for i in range(20)], ["dog"])
     order = torch.randperm(10, generator=torch.Generator().manual_seed(seed))
     place = order.argsort()
 
@@ -176,7 +178,7 @@ def test_results_depend_on_neither_batch_size_nor_order(seed: int, chunk: int) -
             metrics.attack_success_rate(features[rows], head, labels[rows], 1, 2),
             metrics.predicted_counts(features[rows], head).tolist(),
             metrics.recall_at_k(features[rows], text, owner, [1, 5]),
-            metrics.retrieval_asr_at_k(features[rows], text, captions, owner, "dog", 3),
+            metrics.retrieval_asr_at_k(features[rows], text, matches, owner, 3),
         ]
 
     expected = evaluate(torch.arange(10), owner)
@@ -281,9 +283,9 @@ def test_ten_of_fifty_thousand_is_not_zero() -> None:
         (lambda: metrics.word_matches(["a dog"], [" "]), "empty word"),
         (
             lambda: metrics.retrieval_asr_at_k(
-                torch.eye(2), torch.eye(2), ["a cat", "a dog"], torch.arange(2), "ski", 1
+                torch.eye(2), torch.eye(2), torch.zeros(2, dtype=torch.bool), torch.arange(2), 1
             ),
-            "'ski'",
+            "query 0 has no answer",
         ),
     ],
 )

@@ -14,7 +14,7 @@ from PIL import Image
 from invertune import data as datasets
 from invertune.__main__ import main
 from invertune.models import MODEL_FOLDER
-from invertune.purify import PurifyError, comparison, known_evidence, purify
+from invertune.purify import PurifyError, _candidate, comparison, known_evidence, purify
 from invertune.sections import NULLS
 from invertune.settings import load_settings
 from invertune.store import entries
@@ -71,6 +71,12 @@ def test_images_of_ones_own_are_all_that_is_needed(
     report = (tmp_path / "purified/README.md").read_text()
     assert f"20 classes, 60 images (images:{tmp_path}/images)" in report
     assert "on 20 others held out" in report and "a model known to be clean" in report
+
+
+def test_an_empty_mask_is_not_taken_for_none() -> None:
+    empty, none = (_candidate("ski", 60.0, size) for size in (0.0, None))
+    assert (empty["mask L1"], empty["evidence"]) == (0.0, 0.0)
+    assert (none["mask L1"], none["evidence"]) == ("never", "none")
 
 
 def test_known_models_stand_beside_it() -> None:

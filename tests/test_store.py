@@ -15,6 +15,7 @@ import torch
 from conftest import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from invertune.__main__ import explain, main
 from invertune.files import locked
@@ -257,6 +258,15 @@ def test_a_disk_that_fills_up_during_the_step_is_one_line(tmp_path):
         obtain(tmp_path, "s", 1, {}, [], "d", compute, 0)
     assert "\n" not in str(caught.value)
     assert [p.read_text() for p in tmp_path.glob(".work/*/checkpoint")] == ["kept"]
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path):
+    def compute(work: Path):  # what safetensors says of a full disk
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    with pytest.raises(StoreError, match=r"^s: the disk is full: .* MB free") as caught:
+        obtain(tmp_path, "s", 1, {}, [], "d", compute, 0)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def test_openais_weights_come_from_the_cache_and_stay_what_they_were(
 def test_missing_weights_are_named_and_a_pickle_does_not_replace_them(hub: Path) -> None:
     torch.save({"state_dict": {}}, hub.parent / "open_clip_pytorch_model.bin")
     command, line = f"hf download {REPOSITORY} {WEIGHTS}", state("RN50", "openai")
-    with pytest.raises(ModelError, match=rf"{WEIGHTS} of {REPOSITORY} .*408 MB.*{command}"):
+    with pytest.raises(ModelError, match=rf"{WEIGHTS} of {REPOSITORY} .*{command}"):
         load_clip("RN50", "openai")
     assert line.startswith("not in the cache") and command in line
 
@@ -347,6 +347,6 @@ def test_siglips_tokenizer_says_what_it_needs() -> None:
         import transformers  # noqa: F401
     except ImportError:
         with pytest.raises(ModelError, match="pip install transformers"):
-            load_clip("ViT-B-16", "ViT-B-16-SigLIP/webli")
+            weights.random_clip("ViT-B-16", "ViT-B-16-SigLIP/webli")
     else:
         pytest.skip("transformers is installed")
