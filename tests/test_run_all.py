@@ -306,14 +306,13 @@ def test_a_second_run_does_nothing_until_something_changes(tmp_path):
 
 
 def test_other_weights_at_the_same_place_are_other_inputs(tmp_path):
-    place = tmp_path / "RN50"
-    place.mkdir()
     settings = load_settings("smoke", {"weights": f"local-dir:{tmp_path}/{{backbone}}"})
     notebook, hashes = make_root(tmp_path) / "notebooks" / "01_tiny.ipynb", set()
-    for content in ("one", "two", "two"):
-        (place / "weights").write_text(content)
+    for backbone, content in (("RN50", "one"), ("RN50", "two"), ("RN50", "two"), ("ViT-B-32", "")):
+        (tmp_path / backbone).mkdir(exist_ok=True)
+        (tmp_path / backbone / "weights").write_text(content)
         hashes.add(run_notebooks._inputs(notebook, settings))
-    assert len(hashes) == 2
+    assert len(hashes) == 3
 
 
 def test_killed_at_several_points_it_resumes_without_repeating_a_step(tmp_path):
