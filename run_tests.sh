@@ -13,13 +13,10 @@ export HF_HUB_OFFLINE=1 INVERTUNE_PROGRESS=0
 INVERTUNE_STORE="$(mktemp -d "${TMPDIR:-/tmp}/invertune-store.XXXXXX")"
 trap 'rm -rf "$INVERTUNE_STORE"' EXIT
 
-shopt -s nullglob
 notebooks=(notebooks/0*.ipynb)
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-if [ ${#notebooks[@]} -gt 0 ]; then
-  "$python" -m nbstripout --verify "${notebooks[@]}"
-fi
+"$python" -m nbstripout --verify "${notebooks[@]}"
 "$python" -m pytest tests "${notebooks[@]}" \
   --nbval-lax --nbval-current-env --nbval-cell-timeout 300 "$@"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import finetuning, inversion, jobs, loader
-from benchmarks.timing import CLOCKS, Meter, Way, table
+from benchmarks.timing import CLOCKS, Contender, Meter, table
 from invertune.sections import BACKBONES
 from invertune.weights import untrained_clip
 
@@ -32,7 +32,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on a busy machine")
     parser.add_argument("--batch", type=int, help="default: 64, 128 and 256")
     parser.add_argument("--steps", type=int, default=3, help="of each way in a round")
-    parser.add_argument("--rounds", type=int, default=5, help="at least 2")
+    parser.add_argument(
+        "--rounds", type=int, choices=range(2, 101), metavar="N", default=5, help="2 to 100"
+    )
     return parser.parse_args()
 
 
@@ -63,7 +65,7 @@ def measure(options: argparse.Namespace, meter: Meter, precision: str, shard: Pa
     torch.manual_seed(0)
     clip = replace(untrained_clip(options.backbone, size, options.device), precision=dtype)
 
-    def show(title: str, batch: int, ways: Mapping[str, Way]) -> None:
+    def show(title: str, batch: int, ways: Mapping[str, Contender]) -> None:
         print(f"\n{title}, {precision}, batch {batch}")
         print(table(ways, meter.measure(ways), peak), flush=True)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import loader
-from benchmarks.timing import OURS, Way
+from benchmarks.timing import OURS, Contender
 from invertune import triggers
 from invertune.evaluation import clean_and_triggered
 from invertune.metrics import attack_success_rate, clean_accuracy
@@ -35,7 +35,7 @@ CLASSES = 210
 RATE = 1e-6  # A.1
 
 
-def finetuning(clip: Clip, steps: int, batch: int, shard: Path) -> dict[str, Way]:
+def finetuning(clip: Clip, steps: int, batch: int, shard: Path) -> dict[str, Contender]:
     """Steps of both towers; the pairs lie in memory or are mapped from the disk."""
     mapped, captions = loader.decoded(shard, clip.image_size)
     images = mapped.clone()
@@ -49,12 +49,14 @@ def finetuning(clip: Clip, steps: int, batch: int, shard: Path) -> dict[str, Way
             finetune(clip, given, captions, recipe, batch, 0, Path(work), cycled=False)
 
     return {
-        "ours": Way(lambda: ours(images), many, many * batch),
-        "ours, from shards": Way(lambda: ours(mapped), many, many * batch),
-        "plain": Way(
+        "ours": Contender(lambda: ours(images), many, many * batch),
+        "ours, from shards": Contender(lambda: ours(mapped), many, many * batch),
+        "plain": Contender(
             lambda: _plain_training(clip, images, captions, steps, batch), steps, steps * batch
         ),
-        "ceiling": Way(lambda: _bare_training(clip, ready, tokens, steps), steps, steps * batch),
+        "ceiling": Contender(
+            lambda: _bare_training(clip, ready, tokens, steps), steps, steps * batch
+        ),
     }
 
 
@@ -84,7 +86,7 @@ def _bare_training(clip: Clip, ready: Tensor, tokens: Tensor, steps: int) -> Non
         (image.sum() + text.sum()).backward()
 
 
-def evaluation(clip: Clip, steps: int, batch: int) -> dict[str, Way]:
+def evaluation(clip: Clip, steps: int, batch: int) -> dict[str, Contender]:
     """Clean accuracy and attack success rate of ``steps`` batches: two passes an image."""
     size, count = clip.image_size, steps * batch
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
@@ -100,7 +102,7 @@ def evaluation(clip: Clip, steps: int, batch: int) -> dict[str, Way]:
         "plain": lambda: _plain_rates(clip, images, labels, head, trigger, batch),
         "ceiling": lambda: _bare_evaluation(clip, ready, 2 * steps),
     }
-    return {name: Way(run, 2 * steps, 2 * count) for name, run in contenders.items()}
+    return {name: Contender(run, 2 * steps, 2 * count) for name, run in contenders.items()}
 
 
 def _rates(

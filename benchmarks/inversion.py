@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import OURS, Way
+from benchmarks.timing import OURS, Contender
 from invertune.models import (
     Clip,
     clone,
@@ -34,7 +34,7 @@ CLASSES = 210
 SETTINGS = 4  # loss weights that share a batch, as in Table 2
 
 
-def ways(clip: Clip, steps: int, batch: int) -> dict[str, Way]:
+def ways(clip: Clip, steps: int, batch: int) -> dict[str, Contender]:
     """The contenders, on random images; times are per image and setting."""
     folded, network, size = frozen_copy(clip), clone(clip), clip.image_size
     network.net.eval().requires_grad_(False)
@@ -54,16 +54,18 @@ def ways(clip: Clip, steps: int, batch: int) -> dict[str, Way]:
 
     clean, together, four = steps * batch // EPOCHS, SETTINGS * batch, f"ceiling, K = {SETTINGS}"
     return {
-        "ours": Way(lambda: ours(1), many, many * batch),
-        "plain": Way(
+        "ours": Contender(lambda: ours(1), many, many * batch),
+        "plain": Contender(
             lambda: plain(network, images, head, own, runs[0], steps), steps, steps * batch
         ),
-        "ceiling": Way(lambda: bare(network, ready[:batch], steps, clean), steps, steps * batch),
-        "ceiling, folded": Way(
+        "ceiling": Contender(
+            lambda: bare(network, ready[:batch], steps, clean), steps, steps * batch
+        ),
+        "ceiling, folded": Contender(
             lambda: bare(folded, ready[:batch], steps, clean), steps, steps * batch
         ),
-        f"ours, K = {SETTINGS}": Way(lambda: ours(SETTINGS), many, many * together, four),
-        four: Way(lambda: bare(network, ready, steps, clean), steps, steps * together, four),
+        f"ours, K = {SETTINGS}": Contender(lambda: ours(SETTINGS), many, many * together, four),
+        four: Contender(lambda: bare(network, ready, steps, clean), steps, steps * together, four),
     }
 
 

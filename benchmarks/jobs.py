@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import Way
+from benchmarks.timing import Contender
 from invertune.models import MODEL_FOLDER, Clip, build_clip
 from invertune.training import Recipe, finetune
 
@@ -25,14 +25,14 @@ ONE = "one process"
 
 
 @contextmanager
-def ways(backbone: str, precision: str, steps: int, batch: int) -> Iterator[dict[str, Way]]:
+def ways(backbone: str, precision: str, steps: int, batch: int) -> Iterator[dict[str, Contender]]:
     """One process with all threads and as many processes of one; they live as long as this."""
     threads, images = torch.get_num_threads(), steps * batch
     train = functools.partial(_train, backbone, precision, steps, batch)
     with _processes(1, threads) as one, _processes(threads, 1) as several:
         yield {
-            ONE: Way(_at_once(one, 1, train), steps, images, ONE),
-            f"{threads} processes": Way(
+            ONE: Contender(_at_once(one, 1, train), steps, images, ONE),
+            f"{threads} processes": Contender(
                 _at_once(several, threads, train), threads * steps, threads * images, ONE
             ),
         }

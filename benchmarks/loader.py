@@ -18,7 +18,7 @@ from joblib import cpu_count
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.timing import Way
+from benchmarks.timing import Contender
 from invertune.cc3m import read_shard
 from invertune.decoding import Sample, decode_all, map_images, pixels_of
 from invertune.models import to_pixels
@@ -58,7 +58,7 @@ def _decode(samples: list[Sample], size_px: int, target: Path) -> None:
     decode_all(samples, size_px, target, work, "decoding")
 
 
-def decoding(shard: Path, size_px: int) -> dict[str, Way]:
+def decoding(shard: Path, size_px: int) -> dict[str, Contender]:
     """Decoding a whole part, once in its life."""
     samples = [sample for sample, _ in read_shard(shard)[0]]
     target = shard.with_name("once.u8")
@@ -67,12 +67,12 @@ def decoding(shard: Path, size_px: int) -> dict[str, Way]:
         target.unlink(missing_ok=True)
         _decode(samples, size_px, target)
 
-    return {"ours": Way(ours, 1, len(samples), "ours")}
+    return {"ours": Contender(ours, 1, len(samples), "ours")}
 
 
 def batches(
     shard: Path, size_px: int, batch: int, steps: int, device: torch.device
-) -> dict[str, Way]:
+) -> dict[str, Contender]:
     """Batches of pixels in [0, 1] on ``device``."""
     samples = [sample for sample, _ in read_shard(shard)[0]]
     mapped, _ = decoded(shard, size_px)
@@ -87,7 +87,7 @@ def batches(
         "plain": lambda: _decoded_anew(samples, size_px, batch, steps, device),
         "ceiling": lambda: given(held),
     }
-    return {name: Way(run, steps, steps * batch) for name, run in contenders.items()}
+    return {name: Contender(run, steps, steps * batch) for name, run in contenders.items()}
 
 
 def _decoded_anew(

@@ -8,10 +8,8 @@ floating-point operations.
 from __future__ import annotations
 
 import ctypes
-import math
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
-class Way:
+class Contender:
     """One contender: ``run()`` takes ``steps`` steps, which show ``images`` images in all.
 
     ``ceiling`` names the way that does no more than the mathematics needs.
@@ -75,7 +73,7 @@ class Meter:
         times = [self.seconds(lambda: a @ b) for _ in range(PEAK_ROUNDS)]
         return 2 * side**3 / min(times)
 
-    def measure(self, ways: Mapping[str, Way]) -> dict[str, Measured]:
+    def measure(self, ways: Mapping[str, Contender]) -> dict[str, Measured]:
         """Runs all ways in turn, once to warm up and ``rounds`` times to be timed."""
         first = {name: self._first(way) for name, way in ways.items()}
         times: dict[str, list[float]] = {name: [] for name in ways}
@@ -84,7 +82,7 @@ class Meter:
                 times[name].append(self.seconds(ways[name].run) / ways[name].images)
         return {name: Measured(times[name], *first[name]) for name in ways}
 
-    def _first(self, way: Way) -> tuple[float, float]:
+    def _first(self, way: Contender) -> tuple[float, float]:
         counter = FlopCounterMode(display=False)
         start = _memory(self.device, reset=True)
         with counter:
@@ -94,14 +92,12 @@ class Meter:
 
 
 def _memory(device: torch.device, reset: bool = False) -> float:
-    """Peak bytes since the last reset; with ``reset``, bytes held now. NaN where unknown."""
+    """Peak bytes since the last reset; with ``reset``, bytes held now."""
     if device.type == "cuda":
         if reset:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
-    if sys.platform != "linux":
-        return math.nan
     if reset:
         ctypes.CDLL(None).malloc_trim(0)  # else freed memory would count as held
         Path("/proc/self/clear_refs").write_text("5")
@@ -109,7 +105,7 @@ def _memory(device: torch.device, reset: bool = False) -> float:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def table(ways: Mapping[str, Way], found: Mapping[str, Measured], peak: float) -> str:
+def table(ways: Mapping[str, Contender], found: Mapping[str, Measured], peak: float) -> str:
     """A line per way; ratios of times per image, round by round, as median (quartiles).
 
     Share of peak: the ceiling's operations per image, in the way's time, over ``peak``. Of the

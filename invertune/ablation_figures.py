@@ -37,7 +37,7 @@ def table2_figure(
     masks = metric == "mask_l1"
     figure, axes = panels(len(several), 0.7, 1.3, sharey=masks)
     asr = HELD_OUT_ASR if state else "Inverted ASR (%)"
-    titles = {"inverted_asr": asr, "mask_l1": "Mask size (L1)", "ssim": "SSIM"}
+    titles = {"inverted_asr": asr, "mask_l1": "Mask size (L1)"}
     for chart, weight in zip(axes.flat, several, strict=False):
         values = sorted(sweep_values(chain.settings, "inversion", weight))
         suffix = f";state={state}" if state else ""

@@ -19,13 +19,13 @@ from invertune.evaluation import RECALL_KS
 from invertune.metrics import Rate
 from invertune.results import variant_text
 from invertune.rows import Rows, mask_size, metric_row, own_rows, shared_columns
-from invertune.sections import NULLS, WEIGHTS, Tuning
+from invertune.sections import NULLS, SWEEPS, WEIGHTS, Tuning
 from invertune.settings import compared, load_settings, suspects, sweep_values
 from invertune.store import Artifact
 
 TABLE3 = {"inverted": ("inverted",), "uap": ("universal",), "both": ("inverted", "universal")}
 FORMS = set(Tuning.model_fields) - {
-    *("lrs", "steps", "batch", "measure_every_steps", "allowed_ca_drop_points")
+    *("lrs", "steps", "measure_every_steps", "allowed_ca_drop_points")
 }
 
 
@@ -94,6 +94,13 @@ def tuning_rows(chain: Chain, attacks: Sequence[str], names: Iterable[str], item
 SWEEP_ROWS = {"inversion": inversion_rows, "tuning": tuning_rows}
 
 
+def sweep_rows(chain: Chain, title: str) -> Rows:
+    """The rows of one of ``sections.SWEEPS``, on the attacks that the settings name for it."""
+    sweep = SWEEPS[title]
+    attacks = getattr(chain.settings.ablations, sweep.attacks)
+    return SWEEP_ROWS[sweep.step](chain, attacks, sweep.names, sweep.item)
+
+
 def _purified_rows(
     chain: Chain, attack: str, seed: int, artifact: Artifact, ks: Sequence[int], **columns: Any
 ) -> Rows:
@@ -113,7 +120,8 @@ def table3_tunings(chain: Chain) -> dict[str, Tuning]:
     """Step 3's settings for each line of Table 3, by its variant.
 
     With either trigger, or both, all else as in the profile; and with the inverted one in the
-    paper's form: all that ``params/paper.yml`` says of step 3 but rates, steps and batch size.
+    paper's form: all that ``params/paper.yml`` says of step 3 but its rates, steps, measurements
+    and allowance.
     """
     own = chain.settings.tuning
     lines = {f"trigger={n}": own.model_copy(update={"triggers": t}) for n, t in TABLE3.items()}

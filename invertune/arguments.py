@@ -1,4 +1,4 @@
-"""What the commands that name settings have in common: their options, and what these say."""
+"""Command-line options shared by the commands that take a profile, and how they are parsed."""
 
 from __future__ import annotations
 

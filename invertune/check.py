@@ -37,7 +37,12 @@ def report() -> tuple[list[str], bool]:
         f"store      {store}: {len(entries(store))} artifacts",
         f"next       {_next(sprites, models)}",
     ]
-    return lines, sprites and models["RN50"].startswith("found")
+    return lines, sprites and not _wrong(models)
+
+
+def _wrong(models: dict[str, str]) -> list[str]:
+    """The shipped models that are not as they were shipped."""
+    return [b for b, state in models.items() if state.startswith(("MISSING", "DAMAGED"))]
 
 
 def _model(backbone: str) -> str:
@@ -97,8 +102,7 @@ def _paper_weights() -> list[str]:
 def _next(sprites: bool, models: dict[str, str]) -> str:
     if not sprites:
         return "restore data/mini/sprites.zip from the repository"
-    wrong = [b for b, state in models.items() if state.startswith(("MISSING", "DAMAGED"))]
-    if wrong:
+    if wrong := _wrong(models):
         return (
             f"restore data/mini/models/{wrong[0]} from the repository, or make it again: "
             f"python -m invertune pretrain {wrong[0]}"

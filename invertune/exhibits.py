@@ -18,7 +18,7 @@ from invertune.chain import Chain, class_head, pool
 from invertune.image_figures import Example
 from invertune.metrics import predictions
 from invertune.models import embed_images, to_pixels
-from invertune.reports import inverted_energy, largest_increases
+from invertune.reports import increases_by_class, inverted_energy
 from invertune.rows import TASK_KS, own_rows
 from invertune.sections import NULLS, Attacks
 from invertune.settings import suspects
@@ -86,7 +86,7 @@ def ranking_table(chain: Chain) -> pd.DataFrame:
     names, lines = datasets.distinct_names(chain.settings.data), []
     for attack, seed in suspects(chain.settings, nulls=True):
         found = steps.identified(chain, attack, seed).metrics
-        gains = largest_increases(chain, attack, seed)
+        gains = increases_by_class(chain, attack, seed)
         chosen = [names[i] for i in found["ranking"]]
         sizes = [math.inf if s is None else s for s in found["scores"]]
         weighted = [weighted_mask(s, gains[c]) for s, c in zip(sizes, chosen, strict=True)]
@@ -249,7 +249,9 @@ def layer_figure(chain: Chain) -> Figure:
 
 
 def tuning_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
-    """Per attack: CA and ASR of both tasks before and after, the paper's numbers beside them."""
+    """Per attack: CA and ASR of both tasks before and after, the perturbation's ASR, and the rate
+    of each seed.
+    """
     rows, columns = own_rows(chain, results), {}
     for task, k in TASK_KS:
         for metric in ("ca", "asr"):
@@ -270,16 +272,20 @@ def tuning_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
 
 def before_after_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """CA and ASR before and after InverTune, zero-shot."""
+    ca, asr = (_before_after(chain, results, metric) for metric in ("ca", "asr"))
+    return figures.before_after(ca, asr)
+
+
+def _before_after(
+    chain: Chain, results: pd.DataFrame, metric: str
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Table 1's zero-shot rates without defense and after InverTune: per attack, of each seed."""
+    where = {"task": "zeroshot", "k": "1", "variant": "", "paper_item": "table1", "metric": metric}
     rows = own_rows(chain, results)
-    where = {"task": "zeroshot", "k": "1", "variant": "", "paper_item": "table1"}
-
-    def rates(metric: str, defense: str) -> dict[str, list[float]]:
-        return tables.by_seed(rows, "attack", metric=metric, defense=defense, **where)
-
-    return figures.before_after(
-        (rates("ca", "none"), rates("ca", "invertune")),
-        (rates("asr", "none"), rates("asr", "invertune")),
+    before, after = (
+        tables.by_seed(rows, "attack", defense=d, **where) for d in ("none", "invertune")
     )
+    return before, after
 
 
 def figure1(chain: Chain, results: pd.DataFrame) -> Figure:
@@ -291,18 +297,13 @@ def figure1(chain: Chain, results: pd.DataFrame) -> Figure:
     names, head = datasets.class_names(chain.settings.data), class_head(chain, suspect.clip)
     features = torch.cat([embed_images(suspect.clip, shown) for shown in (image, triggered)])
     seen = [names[i] for i in predictions(features, head).tolist()]
-    where = {"task": "zeroshot", "k": "1", "variant": "", "paper_item": "table1", "metric": "asr"}
-    rows = own_rows(chain, results)
-    before, after = (
-        tables.by_seed(rows, "attack", defense=d, **where) for d in ("none", "invertune")
-    )
     return image_figures.figure1(
         attack,
         as_picture(to_pixels(image, chain.device)[0]),
         example.image,
         (seen[0], seen[1]),
-        largest_increases(chain, attack, seed),
+        increases_by_class(chain, attack, seed),
         names[steps.suspected_target(chain, attack, seed)],
         trigger_example(chain, attack, seed, True).trigger,
-        (before, after),
+        _before_after(chain, results, "asr"),
     )

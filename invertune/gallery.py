@@ -19,7 +19,7 @@ from PIL import Image
 from invertune import claims, tables
 from invertune.figures import DPI
 from invertune.files import REPOSITORY, read_stamp
-from invertune.results import natural_order, read_paper, read_results
+from invertune.results import ResultsError, natural_order, read_paper, read_results
 from invertune.sections import NULLS, Settings
 from invertune.settings import load_settings
 
@@ -32,17 +32,20 @@ def page(
     profile: str,
     results: pd.DataFrame,
     folder: Path,
-    drawn: Collection[str] | None = None,
+    drawn: Mapping[str, Collection[str]] | None = None,
     overridden: bool = False,
+    paper: pd.DataFrame | None = None,
 ) -> str:
     """The page as Markdown, of ``results`` as ``read_results`` gives them and files in ``folder``.
 
-    ``drawn`` names the files that belong to these results, None: all. An item without any is
-    listed as not run yet; exhibits that the paper does not have are shown only if they are there.
-    ``overridden``: not all settings were the profile's.
+    ``drawn`` maps the files that belong to these results to their seeds; None: all files, of all
+    seeds. An item without any is listed as not run; exhibits that the paper does not have are shown
+    only if they are there. ``overridden``: not all settings were the profile's. ``paper`` compares
+    the numbers with the paper's, as ``tables.compare_with_paper`` does.
     """
     files = {path.name for path in folder.glob("*") if drawn is None or path.name in drawn}
-    items, paper = yaml.safe_load(ITEMS.read_text()), _beside_paper(profile, results)
+    items = yaml.safe_load(ITEMS.read_text())
+    missing = "not run yet" if drawn is None else "not run on these seeds"
     notebooks = {item: name for name, printed in items["notebooks"].items() for item in printed}
     beside = (
         "The paper's numbers, which come from other data, are in "
@@ -68,21 +71,22 @@ def page(
         "## The paper's figures and tables",
     ]
     for item, title in items["titles"].items():
-        rows = _of_items(results, [item])
+        rows = _of_seeds(_of_items(results, [item]), item, drawn)
         about = _origin(notebooks[item], rows, item in items["first_seed"])
         if paper is not None and not (printed := paper[paper.paper_item == item]).empty:
             about += f", the paper's numbers: {counted(printed.verdict)}"
         parts += [
             f"### {_name(item)}: {title}",
-            *_shown(item, folder, files, items["reading"], about),
+            *_shown(item, folder, files, items["reading"], about, missing),
         ]
     parts.append("## Beyond the paper")
     for notebook, titles in items["beyond"].items():
         rows = _of_items(results, items["notebooks"][notebook])
         for name, title in titles.items():
             first = name in items["first_seed"]
-            about = _origin(notebook, results if rows.empty else rows, first)
-            if found := _shown(name, folder, files, items["reading"], about, named=False):
+            shown = _of_seeds(results if rows.empty else rows, name, drawn)
+            about = _origin(notebook, shown, first)
+            if found := _shown(name, folder, files, items["reading"], about):
                 parts += [f"### {title}", *found]
     return "\n\n".join(parts) + "\n"
 
@@ -90,27 +94,27 @@ def page(
 def write(settings: Settings, root: Path = REPOSITORY) -> Path:
     """Writes the page of a run, of the settings' seeds, beside its figures; returns its path.
 
-    Where run_all.sh ran notebooks, it shows what they drew only, not what was committed.
-    Raises ``ResultsError`` where nothing of the profile has been run.
+    Where run_all.sh ran notebooks, it shows only what they drew, on no other seeds, not what was
+    committed. On the paper's own data, every number of the paper is compared with ours.
+    Raises ``ResultsError`` where nothing of the profile has been run on these seeds.
     """
-    found = read_results(root / "results" / settings.profile / "results.csv", settings.profile)
-    seeds = [str(seed) for seed in settings.seeds]
-    path = root / "figures" / settings.profile / "README.md"
+    profile, seeds = settings.profile, [str(seed) for seed in settings.seeds]
+    source = root / "results" / profile / "results.csv"
+    found = read_results(source, profile)
     results = found[found.seed.isin(seeds)]
-    stamps = (root / "results" / settings.profile / "notebooks").glob("*.done.json")
-    drawn = {name for stamp in stamps for name in read_stamp(stamp).get("figures", ())}
-    plain = load_settings(settings.profile, {"seeds": settings.seeds})
-    if (paper := _beside_paper(settings.profile, results)) is not None:
+    if results.empty:
+        raise ResultsError(f"no results on {named_seeds(seeds)} in {source}; run it first")
+    path = root / "figures" / profile / "README.md"
+    stamps = [read_stamp(s) for s in (source.parent / "notebooks").glob("*.done.json")]
+    own = [stamp for stamp in stamps if {*stamp.get("seeds", seeds)} <= {*seeds}]
+    drawn = {name: s.get("seeds", seeds) for s in own for name in s.get("figures", ())}
+    plain, paper = load_settings(profile, {"seeds": settings.seeds}), None
+    if profile == "paper":
+        paper = tables.compare_with_paper(results, read_paper())
         paper.to_csv(path.with_name(PAPER_NUMBERS), index=False, lineterminator="\n")
-    path.write_text(page(settings.profile, results, path.parent, drawn or None, settings != plain))
+    shown = drawn if stamps else None
+    path.write_text(page(profile, results, path.parent, shown, settings != plain, paper))
     return path
-
-
-def _beside_paper(profile: str, results: pd.DataFrame) -> pd.DataFrame | None:
-    """Every number of the paper beside ours, with its verdict; on the paper's own data only."""
-    if profile != "paper":
-        return None
-    return tables.compare_with_paper(results, read_paper())
 
 
 def counted(verdicts: Iterable[str]) -> str:
@@ -151,6 +155,16 @@ def _of_items(results: pd.DataFrame, items: Collection[str]) -> pd.DataFrame:
     return results[results.paper_item.isin([item.rstrip("ab") for item in items])]
 
 
+def _of_seeds(
+    rows: pd.DataFrame, name: str, drawn: Mapping[str, Collection[str]] | None
+) -> pd.DataFrame:
+    """The rows of the seeds that an item's files show; of all where ``drawn`` is None."""
+    if drawn is None:
+        return rows
+    seeds = {seed for file, own in drawn.items() if Path(file).stem == name for seed in own}
+    return rows[rows.seed.isin(seeds)]
+
+
 def _origin(notebook: str, rows: pd.DataFrame, first_seed: bool) -> str:
     """The notebook that an item comes from, as a link, and the seeds of its rows, or the first."""
     seeds = sorted(_seeds(rows), key=int)[: 1 if first_seed else None]
@@ -164,16 +178,16 @@ def _shown(
     files: Collection[str],
     reading: Mapping[str, str],
     about: str,
-    named: bool = True,
+    missing: str = "",
 ) -> list[str]:
     """Links, reading aid, chart and table of one item: what of it is among the ``files``.
 
-    One of which nothing is there is ``named`` as not run yet, or left out.
+    One of which nothing is there says ``missing``, or is left out.
     """
     there = [s for s in ("csv", "tex", "pdf") if f"{name}.{s}" in files]
     chart = folder / f"{name}.png"
     if not there and chart.name not in files:
-        return [f"{about}: not run yet."] if named else []
+        return [f"{about}: {missing}."] if missing else []
     links = [f"[{suffix.upper()}]({name}.{suffix})" for suffix in there]
     parts = [" · ".join((about, *links)), f"*What to look for:* {reading[name]}"]
     if chart.name in files:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from invertune import defenses, exhibits, reports, steps, tables
+from invertune import defenses, reports, steps, tables
 from invertune.chain import Chain
 from invertune.figures import (
     COLUMN_IN,
@@ -212,11 +212,6 @@ def _chosen(case: Case, main: Chain, attack: str, seed: int) -> dict[str, Any]:
         star = "" if made["qualified"] else "*"
         line[f"{tables.label('defense', name)} lr"] = f"{made['lr']:g}{star}"
     return line
-
-
-def layer_table(case: Case) -> pd.DataFrame:
-    """Tables 13-15, in the form of Table 12."""
-    return exhibits.layer_table(case.chain)
 
 
 @mpl.rc_context(STYLE)

@@ -167,7 +167,9 @@ def missing(settings: Settings, notebook: str) -> list[Call]:
 
 
 def held(settings: Settings, only: str = "") -> list[str]:
-    """How many of its ``calls`` are done already: a line per notebook whose name starts so."""
+    """Per notebook whose name starts with ``only``: how many of its calls the store already
+    answers.
+    """
     return [
         f"{name:25}{len(made) - len(missing(settings, name))} of {len(made)}"
         for name, made in calls(settings).items()

@@ -79,28 +79,24 @@ def planned(settings: Settings) -> list[Work]:
 
 def _generalization(settings: Settings) -> list[Work]:
     """Notebook 06, at most: a backbone without weights is left out, equal models are shared."""
-    notebook, generalization, seeds = (
-        "06_generalization",
-        settings.generalization,
-        len(settings.seeds),
-    )
+    notebook, other, seeds = "06_generalization", settings.generalization, len(settings.seeds)
     models = seeds * len(other_models(settings))
-    attack = getattr(settings.attacks, generalization.attack)
+    attack = getattr(settings.attacks, other.attack)
     work = []
     if settings.weights == PRETRAINED:  # Table 1's backbone is trained in notebook 01
-        others = len({*generalization.backbones} - {settings.backbone})
+        others = len({*other.backbones} - {settings.backbone})
         work.append(_pretraining(notebook, settings, others))
-    work.append(Work(notebook, generalization.attack, models, _exposures(attack), "finetune"))
-    if generalization.attack == "badclip":
+    work.append(Work(notebook, other.attack, models, _exposures(attack), "finetune"))
+    if other.attack == "badclip":
         patch = _patch_exposures(attack)
         work.append(Work(notebook, "badclip patch", models, patch, "badclip_patch"))
     rates = {"perturbations": "identification", "tuning": "tuning"}
     for step, exposures in invertune_passes(settings).items():
         runs = models + seeds * (3 if settings.data.source == PICTOGRAMS else 2)  # variants
         work.append(Work(notebook, step, runs, exposures, rates.get(step, "inversion")))
-    for name in generalization.baselines:
+    for name in other.baselines:
         section = getattr(settings.baselines, name)
-        tried = min(len(section.lrs), generalization.baseline_lrs)
+        tried = min(len(section.lrs), other.baseline_lrs)
         work.append(Work(notebook, name, models, tried * _exposures(section), name))
     return work
 
@@ -130,7 +126,7 @@ def _ablations(settings: Settings) -> list[Work]:
     once = invertune_passes(settings)
     again = len(suspects(settings, among=ablations.round_attacks))
     return [
-        *work,  # of Table 3's four lines, one is the profile's own
+        *work,  # of Table 3's four lines, at most three are not the profile's own
         Work("07_ablations", "Table 3", runs, 3 * once["tuning"], "tuning"),
         Work("07_ablations", "second round", again, once["inversion"] + once["tuning"], "tuning"),
     ]

@@ -83,7 +83,7 @@ def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Ar
     """The text of README.md; ``rounds``: what is kept of each inversion, and what was tuned."""
     settings, found = chain.settings, step1.metrics
     data = settings.data
-    gains = reports.largest_increases(chain, SUSPECT, settings.seeds[0])
+    gains = reports.increases_by_class(chain, SUSPECT, settings.seeds[0])
     names = datasets.distinct_names(data)
     candidates = [
         _candidate(names[i], gains[names[i]], size)

@@ -108,7 +108,7 @@ def identification_rows(chain: Chain) -> Rows:
         base = shared_columns(chain, attack, seed, done.key, task="zeroshot")
         table = IDENTIFICATION_TABLES.get(attack)
         rows += candidate_rows(chain, done, base, table or "extra")
-        gains = largest_increases(chain, attack, seed)
+        gains = increases_by_class(chain, attack, seed)
         rank = 1 + sum(gain > gains[chain.settings.target] for gain in gains.values())
         rows.append(metric_row(base, "increase_rank", rank))
         rows += _increase_rows(steps.increases(done), names, table, base)
@@ -147,7 +147,7 @@ def _increase_rows(
     return rows
 
 
-def largest_increases(chain: Chain, attack: str, seed: int) -> dict[str, float]:
+def increases_by_class(chain: Chain, attack: str, seed: int) -> dict[str, float]:
     """Class name to its largest increase over the kinds of perturbation, in points."""
     found = steps.increases(steps.identified(chain, attack, seed))
     points = target_identification.largest_increases(found)
@@ -161,10 +161,10 @@ def inversion_rows(chain: Chain) -> Rows:
     for attack, seed in suspects(chain.settings, nulls=True):
         model, found = steps.poisoned(chain, attack, seed), steps.inverted(chain, attack, seed)
         trigger = steps.inverted_trigger(chain, found)
-        fake = rates(evaluated(chain, model, trigger, found.key, seed))["zeroshot.asr.1"]
+        inverted_asr = rates(evaluated(chain, model, trigger, found.key, seed))["zeroshot.asr.1"]
         base = shared_columns(chain, attack, seed, found.key, task="zeroshot")
         figure = {**base, "paper_item": "figure5", "k": 1}
-        rows.append(metric_row(figure, "inverted_asr", fake))
+        rows.append(metric_row(figure, "inverted_asr", inverted_asr))
         sizes[attack, seed] = size = found.metrics["mask_l1_at_equal_asr"]  # None: never reached
         rows.append(metric_row(base, "mask_l1", mask_size(chain, size)))
         if attack != "none":
@@ -173,10 +173,10 @@ def inversion_rows(chain: Chain) -> Rows:
             null = mask_size(chain, sizes["none", seed])
             rows.append(metric_row(base, "mask_l1_ratio", mask / null))
         if model.trigger is not None:
-            real = rates(evaluated(chain, model, model.trigger, model.key, seed))
-            asr = real["zeroshot.asr.1"]
+            true = rates(evaluated(chain, model, model.trigger, model.key, seed))
+            asr = true["zeroshot.asr.1"]
             rows.append(metric_row(figure, "asr", asr))
-            rows.append(metric_row(base, "asr_gap", abs(asr.value - fake.value), k=1))
+            rows.append(metric_row(base, "asr_gap", abs(asr.value - inverted_asr.value), k=1))
             for variant, name in (({}, attack), ({"floor": "clean_model"}, "none")):
                 for place, share in inverted_energy(chain, attack, name, seed).items():
                     figure7 = {

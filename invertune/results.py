@@ -199,11 +199,12 @@ def read_paper() -> pd.DataFrame:
 
 
 def publish(profile: str, root: Path = REPOSITORY) -> None:
-    """Makes the reported seeds' results expected ones, in expected/PROFILE.csv.
+    """Merges the reported seeds' results into expected/PROFILE.csv.
 
-    What was published before stays, since seeds and notebooks are run at different times: also the
-    same number of the same artifact, since a reported seed is run once (another machine's threads
-    round otherwise). A test names rows whose artifacts the code would not make any more.
+    A published row stays as it is while its artifact key is the same (another machine rounds
+    differently); a row with a new key replaces it. Rows that this run lacks stay, too, since seeds
+    and notebooks are run at different times. A test names rows whose artifacts the code would not
+    make any more.
     """
     if profile not in PUBLISHED:
         raise ResultsError(

@@ -19,9 +19,16 @@ Baseline = Literal["ft", "cleanclip", "cleanerclip", "par"]
 Backbone = Literal["RN50", "RN101", "ViT-B-16", "ViT-B-32"]
 BACKBONES = get_args(Backbone)
 PICTOGRAMS = "pictograms"  # the embedded benchmark
-OWN_IMAGES = "images:"  # and a user's folder, which holds one of images for each class
-EMBEDDED, PRETRAINED = "embedded", "pretrained"  # weights: shipped; trained by the own recipe
+OWN_IMAGES = "images:"  # "images:FOLDER": a user's folder with one subfolder of images per class
+# weights: the shipped ones; trained here with the profile's own recipe
+EMBEDDED, PRETRAINED = "embedded", "pretrained"
 NULLS = ("none", "clean_finetuned")  # models without a backdoor, beside the attacks
+
+
+def _has_truth(value: Any, depth: int = 2) -> bool:
+    """Whether this is a truth value, or a list of at most so many levels that holds one."""
+    listed = value if depth and isinstance(value, list | tuple) else ()
+    return isinstance(value, bool) or any(_has_truth(part, depth - 1) for part in listed)
 
 
 class Section(BaseModel):
@@ -32,10 +39,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if (
-            isinstance(value, bool)
-            and cls.model_fields[info.field_name or ""].annotation is not bool
-        ):
+        if _has_truth(value) and cls.model_fields[info.field_name or ""].annotation is not bool:
             raise ValueError("true and false (in YAML also yes, no, on, off) are no values here")
         return value
 
@@ -300,7 +304,7 @@ class Generalization(Section):
 
 
 def _changes(section: type[Section], *fixed: str) -> type[Section]:
-    """Values that take the place of the same settings of ``section``, of all but the ``fixed``."""
+    """A section that lists alternative values for every setting of ``section`` except ``fixed``."""
     kinds = get_type_hints(section, include_extras=True)
     names = [name for name in section.model_fields if name not in fixed]
     fields: dict[str, Any] = {n: (GenericAlias(tuple, (kinds[n], ...)), ...) for n in names}

@@ -26,23 +26,27 @@ from invertune.sections import (
 )
 
 PARAMS = REPOSITORY / "params"
-LIMITS = {  # a setting, and the one that it may not exceed
-    "identification.patch_px": "data.image_size_px",
-    "identification.batch": "data.inversion_images",
-    "inversion.batch": "data.inversion_images",
-    "tuning.images": "data.inversion_images",
-    "tuning.batch": "tuning.images",
-}
-ATTACKING_LIMITS = {  # and where attacks and baselines are run
-    **{f"attacks.{name}.batch": "data.poisoning_pairs" for name in get_args(Attack)},
-    **{
-        f"attacks.{name}.patch_px": "data.image_size_px"
-        for name in ("badnet", "badencoder", "badclip")
-    },
-    "attacks.wanet.grid_points": "data.image_size_px",
-    **{f"baselines.{name}.batch": "baselines.pairs" for name in get_args(Baseline)},
-    "rebound.batch": "rebound.pairs",
-}
+LIMITS = (  # a setting, or each of a list, and the one that it may not exceed
+    ("identification.patch_px", "data.image_size_px"),
+    ("identification.batch", "data.inversion_images"),
+    ("inversion.batch", "data.inversion_images"),
+    ("tuning.images", "data.inversion_images"),
+    ("tuning.batch", "tuning.images"),
+)
+PATCHES = ("badnet", "badencoder", "badclip")
+ATTACKING_LIMITS = (  # checked as well where attacks and baselines are run
+    *((f"attacks.{name}.batch", "data.poisoning_pairs") for name in get_args(Attack)),
+    *((f"attacks.{name}.patch_px", "data.image_size_px") for name in PATCHES),
+    ("attacks.wanet.grid_points", "data.image_size_px"),
+    *((f"baselines.{name}.batch", "baselines.pairs") for name in get_args(Baseline)),
+    ("rebound.batch", "rebound.pairs"),
+    ("identification.batch", "generalization.few_images"),
+    ("inversion.batch", "generalization.few_images"),
+    ("generalization.few_tuning_images", "generalization.few_images"),
+    ("tuning.batch", "generalization.few_tuning_images"),
+    ("tuning.batch", "ablations.tuning.images"),
+    ("ablations.tuning.images", "data.inversion_images"),
+)
 
 
 class SettingsError(ValueError):
@@ -75,10 +79,11 @@ def load_settings(
 def _check_limits(settings: Settings) -> None:
     """Raises ``SettingsError`` for settings that do not fit each other."""
     attacks_too = not settings.data.source.startswith(OWN_IMAGES)
-    for name, limit in {**LIMITS, **(ATTACKING_LIMITS if attacks_too else {})}.items():
-        value, most = (operator.attrgetter(n)(settings) for n in (name, limit))
-        if value > most:
-            raise SettingsError(f"{name} = {value}: must be at most {most}, which is {limit}")
+    for name, limit in (*LIMITS, *(ATTACKING_LIMITS if attacks_too else ())):
+        found = (operator.attrgetter(n)(settings) for n in (name, limit))
+        for value, most in itertools.product(*(f if isinstance(f, tuple) else (f,) for f in found)):
+            if value > most:
+                raise SettingsError(f"{name} = {value}: must be at most {most}, which is {limit}")
     smallest, largest = settings.baselines.par.erase_area
     if smallest > largest:
         raise SettingsError(f"baselines.par.erase_area = [{smallest}, {largest}]: smallest first")

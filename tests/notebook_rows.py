@@ -8,13 +8,7 @@ from collections.abc import Callable
 from invertune import ablations, comparison, generalization, passing_claims, reports
 from invertune.chain import Chain
 from invertune.rows import Rows
-from invertune.sections import SWEEPS, Sweep
-
-
-def _sweep_rows(sweep: Sweep, chain: Chain) -> Rows:
-    attacks = getattr(chain.settings.ablations, sweep.attacks)
-    return ablations.SWEEP_ROWS[sweep.step](chain, attacks, sweep.names, sweep.item)
-
+from invertune.sections import SWEEPS
 
 ROWS: dict[str, list[Callable[[Chain], Rows]]] = {
     "01_attacks": [reports.attack_rows],
@@ -24,7 +18,7 @@ ROWS: dict[str, list[Callable[[Chain], Rows]]] = {
     "05_baselines": [comparison.comparison_rows, comparison.rebound_rows],
     "06_generalization": [generalization.generalization_rows, passing_claims.passing_rows],
     "07_ablations": [
-        *(functools.partial(_sweep_rows, sweep) for sweep in SWEEPS.values()),
+        *(functools.partial(ablations.sweep_rows, title=title) for title in SWEEPS),
         lambda chain: ablations.table3_rows(chain, chain.settings.ablations.perturbation_attacks),
         lambda chain: ablations.round_rows(chain, chain.settings.ablations.round_attacks),
         ablations.update_rows,

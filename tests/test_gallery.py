@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from PIL import Image
 
 from invertune import gallery, results
@@ -64,6 +66,33 @@ def test_a_run_shows_only_what_it_drew(tmp_path: Path) -> None:
     page = gallery.write(settings, tmp_path).read_text()
     assert "(table1.csv)" in page and "(table12.csv)" not in page
     assert "mini.yml), some of them overridden, on seed 5" in page
+
+
+def test_a_page_shows_figures_of_its_own_seeds_under_theirs(tmp_path: Path) -> None:
+    figures, notebooks = tmp_path / "figures" / "mini", tmp_path / "results" / "mini" / "notebooks"
+    figures.mkdir(parents=True)
+    notebooks.mkdir(parents=True)
+    seeds_of = {"figure1": ["7", "8"], "table1": ["7", "8", "9"], "generalization": ["7"]}
+    for name, seeds in seeds_of.items():
+        (figures / f"{name}.csv").touch()
+        stamp = {"figures": {f"{name}.csv": "0"}, "seeds": seeds}
+        (notebooks / f"{name}.done.json").write_text(json.dumps(stamp))
+    rows = [row("none", seed) for seed in (7, 8, 9)]
+    results.write_rows(rows, tmp_path / "results" / "mini" / "results.csv")
+
+    def page(*seeds: int) -> str:
+        return gallery.write(load_settings("mini", {"seeds": seeds}), tmp_path).read_text()
+
+    parts = {part.split(":")[0]: part for part in page(7, 8).split("### ")[1:]}
+    assert "05_baselines.ipynb): not run on these seeds" in parts["Table 1"]
+    assert "(figure1.csv)" in parts["Figure 1"]
+    assert "06_generalization.ipynb), seed 7 · [CSV](generalization.csv)" in page(7, 8)
+    assert "05_baselines.ipynb), seeds 7, 8, 9 · [CSV](table1.csv)" in page(7, 8, 9)
+    before = page(8)
+    assert "[CSV]" not in before
+    with pytest.raises(results.ResultsError, match="no results on seed 99"):
+        page(99)
+    assert (figures / "README.md").read_text() == before
 
 
 def test_on_the_papers_data_every_number_stands_beside_its_own(tmp_path: Path) -> None:

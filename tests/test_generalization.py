@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from invertune import chain as chains
 from invertune import data as datasets
-from invertune import defenses, generalization, passing_claims, pictograms, reports, steps
+from invertune import defenses, exhibits, generalization, passing_claims, pictograms, reports, steps
 from invertune.chain import Chain, Defender, class_list, open_chain, pool
 from invertune.generalization import NOT_SHIPPED
 from invertune.results import to_frame
@@ -65,7 +65,7 @@ def test_rows_of_a_case_belong_to_its_table_and_its_place(
     assert (table5["RN101 CA"] == NOT_SHIPPED).all() and table4["banana ASR"].between(0, 100).all()
     chosen = generalization.case_table(cases, chain)
     assert list(chosen["attack"] == NOT_SHIPPED) == [False, True]
-    layers = generalization.layer_table(cases[0])
+    layers = exhibits.layer_table(cases[0].chain)
     assert list(layers.attack) == ["BadCLIP"] and "layer4" in layers and layers.critical.all()
     figure = generalization.asr_figure(chain, rows)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["banana"]

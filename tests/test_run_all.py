@@ -195,7 +195,8 @@ def test_check_names_what_is_there_and_the_next_command(tmp_path):
     ]
     assert "hf download timm/resnet101_clip.openai open_clip_model.safetensors" in result.stdout
     assert "Traceback" not in result.stderr
-    assert (result.returncode == 0) == ("RN50: found" in result.stdout)
+    wrong = re.search(r"^model .*: (MISSING|DAMAGED)", result.stdout, re.MULTILINE)
+    assert result.returncode == (1 if wrong else 0)
 
 
 def test_check_tells_found_data_of_the_paper_from_missing(tmp_path):
@@ -306,14 +307,13 @@ def test_a_second_run_does_nothing_until_something_changes(tmp_path):
 
 
 def test_other_weights_at_the_same_place_are_other_inputs(tmp_path):
-    place = tmp_path / "RN50"
-    place.mkdir()
     settings = load_settings("smoke", {"weights": f"local-dir:{tmp_path}/{{backbone}}"})
     notebook, hashes = make_root(tmp_path) / "notebooks" / "01_tiny.ipynb", set()
-    for content in ("one", "two", "two"):
-        (place / "weights").write_text(content)
+    for backbone, content in (("RN50", "one"), ("RN50", "two"), ("RN50", "two"), ("ViT-B-32", "")):
+        (tmp_path / backbone).mkdir(exist_ok=True)
+        (tmp_path / backbone / "weights").write_text(content)
         hashes.add(run_notebooks._inputs(notebook, settings))
-    assert len(hashes) == 2
+    assert len(hashes) == 3
 
 
 def test_killed_at_several_points_it_resumes_without_repeating_a_step(tmp_path):

@@ -162,9 +162,15 @@ def test_an_unknown_key_is_named_with_the_keys_there_are(path):
         ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
         ("inversion.lambda4", math.inf, "finite"),
         ("inversion.steps", True, "true and false"),
+        ("seeds", [True, False], "true and false"),
+        ("ablations.tuning.lrs", [[True]], "true and false"),
         ("seeds", [7, 7], "twice"),
         ("identification.patch_px", 65, "at most 64, which is data.image_size_px"),
         ("tuning.batch", 33, "at most 32, which is tuning.images"),
+        ("identification.batch", 65, "which is generalization.few_images"),
+        ("inversion.batch", 65, "which is generalization.few_images"),
+        ("generalization.few_tuning_images", 65, "which is generalization.few_images"),
+        ("ablations.tuning.images", [211], "at most 210, which is data.inversion_images"),
         ("attacks.badclip.batch", 1, "greater than or equal to 2"),
         ("baselines.par.batch", 10**6, "which is baselines.pairs"),
         ("baselines.par.erase_area", [0.5, 0.1], "smallest first"),
@@ -176,6 +182,18 @@ def test_a_bad_value_is_named_with_what_would_be_right(path, value, words):
     message = str(caught.value)
     assert message.startswith(path) and words in message and "\n" not in message
     assert repr(value[0] if isinstance(value, list) and value else value) in message
+
+
+def test_a_batch_of_step_3_fits_all_that_it_is_tuned_on():
+    tuning = {"tuning": {"images": 64, "batch": 64}}
+    with pytest.raises(SettingsError, match=r"most 32, which is .*few_tuning_images"):
+        load_settings("smoke", tuning)
+    few = {"generalization": {"few_tuning_images": 64}}
+    load_settings("smoke", tuning | few)
+    images = {"ablations": {"tuning": {"images": [128, 48]}}}
+    with pytest.raises(SettingsError, match="most 48, which is ablations"):
+        load_settings("smoke", tuning | few | images)
+    load_settings("smoke", tuning | images | {"data": {"source": "images:folder"}})
 
 
 @settings(deadline=None)

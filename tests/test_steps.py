@@ -52,6 +52,7 @@ def test_a_target_that_is_no_class_is_told_before_any_work(tmp_path: Path) -> No
 
 def test_target_images_are_needed_where_they_are_the_reference(tmp_path: Path) -> None:
     few = {"data": {"inversion_images": 32}, "inversion": {"emb_reference": "target_image"}}
+    few["ablations"] = {"tuning": {"images": []}}
     chain = open_chain(load_settings("smoke", few), tmp_path)
     absent = set(range(210)).difference(pool(chain, "inversion").labels.tolist())
     run = Run.of(min(absent), chain.settings.inversion)

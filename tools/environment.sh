@@ -31,10 +31,7 @@ find_python() {
 }
 
 lock_hash() {
-  "$1" - "$repository/$2" <<'PY'
-import hashlib, sys
-print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest()[:12])
-PY
+  sha256sum <"$repository/$1" | cut -c 1-12
 }
 
 # A file beside the folder marks an environment that is not finished: a killed run starts it anew.
@@ -70,7 +67,7 @@ use_environment() {
     base="$(find_python)" || exit 2
     if [ -z "$venv" ]; then
       folder="$(environments)" || exit 2
-      venv="$folder/venv-$(lock_hash "$base" requirements.lock)"
+      venv="$folder/venv-$(lock_hash requirements.lock)"
     fi
     make_environment "$base" "$venv" requirements.lock 8000
   fi
@@ -106,7 +103,7 @@ use_snakemake() {
   if ! command -v snakemake >/dev/null; then
     base="$(find_python)" || exit 2
     folder="$(environments)" || exit 2
-    venv="$folder/snakemake-$(lock_hash "$base" "$lock")"
+    venv="$folder/snakemake-$(lock_hash "$lock")"
     make_environment "$base" "$venv" "$lock" 500 --no-binary connection-pool  # has no wheel
     export PATH="$PATH:$venv/bin"
   fi

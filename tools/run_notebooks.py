@@ -22,7 +22,7 @@ from invertune.__main__ import explain, show_plan
 from invertune.arguments import add_options, add_run_options, overrides_of
 from invertune.files import REPOSITORY, file_hash, hold, open_lock, read_stamp, write_atomic
 from invertune.sections import PICTOGRAMS, Settings
-from invertune.settings import SettingsError, load_settings, stay_offline
+from invertune.settings import PARAMS, SettingsError, load_settings, stay_offline
 from invertune.terminal import quiet_in_a_log
 
 FAILED, WRONG, BUSY = 1, 2, 3
@@ -118,7 +118,7 @@ def run_all(
         start = time.time()
         _fill(notebook.stem, settings, jobs)
         execute(notebook, output, {"profile": settings.profile, "overrides": overrides}, root)
-        left = {"inputs": inputs, **_left(settings.profile, root, store, start)}
+        left = {"inputs": inputs, **_left(settings, root, store, start)}
         write_atomic(stamp, json.dumps(left).encode())
         _page(settings, root)
         print(f"{notebook.stem}: done in {time.time() - start:.0f} s", flush=True)
@@ -184,16 +184,22 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], root: Path
 
 
 def _inputs(notebook: Path, settings: Settings) -> str:
-    """A hash of what decides a notebook's results: itself, the settings, the code, the data."""
+    """A hash of what decides a notebook's results: itself, the settings, the code, the data.
+
+    Of the settings also those of profile paper, whose form of step 3 Table 3 compares.
+    """
     digest = hashlib.sha256(notebook.read_bytes() + settings.model_dump_json().encode())
     expected = [REPOSITORY / "expected" / name for name in ("claims.yml", "items.yml", "paper.csv")]
-    for path in [*sorted((REPOSITORY / "invertune").glob("*.py")), *expected]:
+    code = sorted((REPOSITORY / "invertune").glob("*.py"))
+    for path in [*code, *expected, PARAMS / "paper.yml"]:
         digest.update(path.read_bytes())
     for path in sorted(p for p in (REPOSITORY / "data").rglob("*") if p.is_file()):
         status = path.stat()
         digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
-    place = settings.weights.replace("{backbone}", settings.backbone).partition(":")[2]
-    for path in sorted([Path(place), *Path(place).glob("*")] if place else []):
+    backbones = {settings.backbone, *settings.generalization.backbones}
+    named = {settings.weights.replace("{backbone}", name).partition(":")[2] for name in backbones}
+    places = [Path(place) for place in sorted(named) if place]
+    for path in [p for place in places for p in sorted([place, *place.glob("*")])]:
         if path.is_file():
             digest.update(f"{path} {file_hash(path)}\n".encode())
     if settings.data.source != PICTOGRAMS:
@@ -203,13 +209,14 @@ def _inputs(notebook: Path, settings: Settings) -> str:
     return digest.hexdigest()
 
 
-def _left(profile: str, root: Path, store: Path, start: float) -> dict[str, Any]:
-    """What a notebook that began at ``start`` has left: the hash of every table and figure, and
-    whose numbers, result files and artifacts stand there.
+def _left(settings: Settings, root: Path, store: Path, start: float) -> dict[str, Any]:
+    """What a notebook that began at ``start`` has left: its seeds, the hash of every table and
+    figure, and whose numbers, result files and artifacts stand there.
     """
-    folder, results = root / "figures" / profile, root / "results" / profile
+    folder, results = (root / name / settings.profile for name in ("figures", "results"))
     drawn = [p for p in sorted(folder.glob("*")) if p.stat().st_mtime >= start]
     return {
+        "seeds": [str(seed) for seed in settings.seeds],
         "figures": {p.name: file_hash(p) for p in drawn},
         "files": sorted(p.name for p in results.glob("*") if p.name[0] != "."),
         "numbers": sorted(_numbers(results)),
