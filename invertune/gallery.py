@@ -25,6 +25,7 @@ from invertune.settings import load_settings
 
 ITEMS = REPOSITORY / "expected" / "items.yml"
 PAPER_NUMBERS = "paper_numbers.csv"
+OWN_CLAIMS = "gate of this artifact|null control of this artifact|beyond the paper"  # their sources
 MOST_LINES = 50  # a longer table is linked, not shown
 
 
@@ -123,10 +124,14 @@ def counted(verdicts: Iterable[str]) -> str:
 
 
 def claims_counted(judged: pd.DataFrame) -> str:
-    """How many claims got each verdict, and how many of those rest on one seed."""
-    single = judged[judged.seeds == 1]
+    """How many of the paper's claims and of this artifact's own got each verdict, and how many of
+    those rest on one seed.
+    """
+    single, own = judged[judged.seeds == 1], judged.source.str.match(OWN_CLAIMS)
     alone = f" (on one seed only: {counted(single.verdict)})" if len(single) else ""
-    return f"{counted(judged.verdict)}{alone}"
+    groups = {"the paper's": judged[~own], "this artifact's own": judged[own]}
+    found = (f"{name}: {counted(g.verdict)}" for name, g in groups.items() if len(g))
+    return f"{'; '.join(found)}{alone}"
 
 
 def _claims(results: pd.DataFrame) -> list[str]:
@@ -135,11 +140,11 @@ def _claims(results: pd.DataFrame) -> list[str]:
     frame = shown[["verdict", *(c for c in shown if c not in ("verdict", "margin", "spread"))]]
     untested, group = frame.verdict == "UNTESTED", frame.id.str.split(".").str[0]
     parts = [
-        f"{claims_counted(judged)}. A claim HOLDS if it is true in every seed and, where there are "
-        "several, by more than the seeds differ. It FAILS if it is true in no seed, is UNDECIDED "
-        "in between, and UNTESTED if its rows are missing. The column *seed: what decides* has the "
-        "number of each seed that decides the claim, with the cell or competitor it came from, or "
-        "the number of cases in which it is true."
+        f"Claims, {claims_counted(judged)}. A claim HOLDS if it is true in every seed and, where "
+        "there are several, by more than the seeds differ. It FAILS if it is true in no seed, is "
+        "UNDECIDED in between, and UNTESTED if its rows are missing. The column *seed: what "
+        "decides* gives, for each seed, the value that decides the claim, with the cell or "
+        "competitor it comes from, or the number of cases in which the claim is true."
     ]
     for name, part in frame[~untested].groupby(group, sort=False):
         about = f"### {_name(str(name))}: {counted(part.verdict)}"

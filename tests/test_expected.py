@@ -86,8 +86,8 @@ def named_keys(
     }
 
     def name_only(_root: Path, step: str, *given: Any, **_others: Any) -> Any:
-        *identity, _compute, _seed = given
-        key, settings = artifact_key(step, *identity), identity[1]
+        version, settings, upstream, data, _compute, seed = given
+        key = artifact_key(step, version, {**settings, "seed": seed}, upstream, data)
         known = [n for n in names if n != settings.get("lacks")]
         label = settings["target"] if step == "inversion" else known.index(targets.get(key, "ski"))
         rates = sorted(settings.get("lrs", [0]), reverse=True)
