@@ -49,7 +49,7 @@ def page(
     missing = "not run yet" if drawn is None else "not run on these seeds"
     notebooks = {item: name for name, printed in items["notebooks"].items() for item in printed}
     beside = (
-        "The paper's numbers, which come from other data, are in "
+        "The paper's numbers, which come from other data, stand folded below ours and in "
         "[paper.csv](../../expected/paper.csv)."
     )
     if paper is not None:
@@ -78,7 +78,8 @@ def page(
             about += f", the paper's numbers: {counted(printed.verdict)}"
         parts += [
             f"### {_name(item)}: {title}",
-            *_shown(item, folder, files, items["reading"], about, missing),
+            *(found := _shown(item, folder, files, items["reading"], about, missing)),
+            *(_papers(item) if len(found) > 1 else []),
         ]
     parts.append("## Beyond the paper")
     for notebook, titles in items["beyond"].items():
@@ -202,8 +203,17 @@ def _shown(
     if (path := folder / f"{name}.md").name in files:
         text = path.read_text().strip()
         lines = text.count("\n") - 1
-        parts.append(text if lines <= MOST_LINES else f"[{lines} lines]({path.name})")
+        parts.append(text if lines <= MOST_LINES else f"[{lines} rows]({path.name})")
     return parts
+
+
+def _papers(item: str) -> list[str]:
+    """The paper's own numbers of an item, folded; nothing where they have another form."""
+    if (printed := tables.paper_table(item)) is None:
+        return []
+    decimals = 4 if item in tables.LAYER_ITEMS else 2
+    shown = tables.frame_markdown(printed, decimals).strip()
+    return ["<details><summary>The paper's numbers, on its own data</summary>", shown, "</details>"]
 
 
 def _name(item: str) -> str:

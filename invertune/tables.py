@@ -73,6 +73,15 @@ LABELS = {
     "form": {"paper": "the paper's"},
 }
 LATEX = {"λ": r"$\lambda$", "β": r"$\beta$"}  # pdflatex has no Greek letters outside of formulas
+PAPER_LAYOUT = {  # the rows and columns of the paper's own tables and of Figure 6's numbers
+    "table1": (["task", "metric", "defense"], ["attack"]),
+    "table2": (["metric", "variant"], ["attack"]),
+    "table3": (["metric", "k", "variant"], ["attack"]),
+    "table4": (["defense"], ["target", "metric"]),
+    "table5": (["defense"], ["backbone", "metric"]),
+    "figure6": (["metric"], ["variant"]),
+}
+LAYER_ITEMS = ("table12", "table13", "table14", "table15")
 BLOCK = re.compile(r"^visual\.(transformer\.resblocks|trunk\.blocks)\.")  # of both kinds of ViT
 
 
@@ -146,9 +155,18 @@ def wide(
     return table.reset_index()
 
 
-def paper_layers(item: str) -> pd.DataFrame:
-    """The paper's own line of one of Tables 12-15 (BadCLIP), as notebooks 04 and 06 show ours."""
+def paper_table(item: str) -> pd.DataFrame | None:
+    """The paper's own numbers of an item, in the form of ours; None where another form is needed:
+    Tables 6 to 11 count predictions on other classes.
+    """
     rows = select(read_paper(), paper_item=item)
+    if item in PAPER_LAYOUT:
+        return wide(rows, *PAPER_LAYOUT[item])
+    return _layers_row(rows) if item in LAYER_ITEMS else None
+
+
+def _layers_row(rows: pd.DataFrame) -> pd.DataFrame:
+    """The one row of Tables 12-15: BadCLIP."""
     layer = rows.variant.str.removeprefix("layer=").map(partial(label, "layer"))
     impact, value = rows.metric == "layer_impact", rows.value.map("{:.4f}".format)
     line = {

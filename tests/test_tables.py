@@ -19,7 +19,7 @@ from invertune.tables import (
     label,
     latex,
     markdown,
-    paper_layers,
+    paper_table,
     readable,
     seed_summary,
     verdict,
@@ -209,8 +209,15 @@ def test_an_infinite_mask_was_not_reached_in_files_and_notebooks(tmp_path):
 
 
 def test_the_papers_layers_are_one_line() -> None:
-    shown = paper_layers("table14")
+    shown = paper_table("table14")
     assert list(shown)[:3] == ["attack", "block 0", "block 1"] and len(shown) == 1
     assert shown.loc[0, ["block 3", "threshold", "critical"]].tolist() == [
         *("0.3423", "0.2915", "block 3, block 4, block 5")
     ]
+
+
+def test_the_papers_tables_have_the_form_of_ours() -> None:
+    targets = paper_table("table4")
+    assert list(targets)[:3] == ["defense", "banana CA", "banana ASR"]
+    assert targets.iloc[-1, :3].tolist() == ["InverTune", 57.01, 1.14]
+    assert paper_table("table6") is None
