@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from invertune import figures, tables
 from invertune.ablations import ours, variant
@@ -172,6 +173,8 @@ def updates_figure(chain: Chain, results: pd.DataFrame) -> Figure:
         figures.mark_own(chart, chain.settings.inversion.steps)
         chart.set(xlabel="Updates", ylabel=title)
     figures.zoom(axes[0, 0])
-    axes[0, 1].set_yscale("log")
+    axes[0, 1].set_yscale("log", subs=[])
+    axes[0, 1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0, 1].yaxis.set_major_formatter("{x:g}")
     figures.legend_above(figure, axes[0, 0])
     return figure
