@@ -202,13 +202,13 @@ def table2(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """Table 2: inverted ASR, mask size at equal ASR and SSIM, a line per weight and value."""
     wanted = variants(chain, "inversion", WEIGHTS)
     rows = ours(chain, results, wanted, paper_item="table2")
-    return tables.wide(rows, ["metric", "variant"], ["attack"])
+    return tables.wide(rows, *tables.LAYOUT["table2"])
 
 
 def table3(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """Table 3: CA and ASR at every k, a line per trigger and form of step 3."""
     rows = ours(chain, results, list(table3_tunings(chain)), paper_item="table3")
-    return tables.wide(rows, ["metric", "k", "variant"], ["attack"])
+    return tables.wide(rows, *tables.LAYOUT["table3"])
 
 
 def switch_table(

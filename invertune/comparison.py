@@ -82,7 +82,7 @@ def table1(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     rows = own_rows(chain, results)
     names = starred(chain, rows)
     rows = tables.select(rows, paper_item="table1", metric=["ca", "asr"])
-    table = tables.wide(rows, ["task", "metric", "defense"], ["attack"], spread=True)
+    table = tables.wide(rows, *tables.LAYOUT["table1"], spread=True)
     if rows.seed.nunique() > 1:
         table.insert(3, "seeds", rows.seed.nunique())
     return table.rename(columns=names)

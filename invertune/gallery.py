@@ -56,13 +56,7 @@ def page(
         beside = f"[{PAPER_NUMBERS}]({PAPER_NUMBERS}) compares every number with the paper's."
     parts = [
         f"# Profile {profile}: claims, figures and tables",
-        "This page shows what [the notebooks](../../notebooks) produced with "
-        f"[these settings](../../params/{profile}.yml){', some of them overridden,' * overridden} "
-        f"on {named_seeds(filter(None, results.seed))}"
-        f" (attacks: {_named(results, 'attack')}; defenses: {_named(results, 'defense')}). Entries "
-        "for several seeds are means, with the lowest and the highest seed in parentheses or as "
-        "whiskers. "
-        f"{beside}",
+        f"{_origins(profile, results, overridden)} {beside}",
         "## Claims",
         *(
             _claims(results)
@@ -91,6 +85,18 @@ def page(
             if found := _shown(name, folder, files, items["reading"], about):
                 parts += [f"### {title}", *found]
     return "\n\n".join(parts) + "\n"
+
+
+def _origins(profile: str, results: pd.DataFrame, overridden: bool) -> str:
+    """The page's first sentences: where its entries come from, and what they are."""
+    return (
+        "This page shows what [the notebooks](../../notebooks) produced with "
+        f"[these settings](../../params/{profile}.yml){', some of them overridden,' * overridden} "
+        f"on {named_seeds(filter(None, results.seed))}"
+        f" (attacks: {_named(results, 'attack')}; defenses: {_named(results, 'defense')}). Entries "
+        "for several seeds are means, with the lowest and the highest seed in parentheses or as "
+        "whiskers."
+    )
 
 
 def write(settings: Settings, root: Path = REPOSITORY) -> Path:
@@ -211,8 +217,7 @@ def _papers(item: str) -> list[str]:
     """The paper's own numbers of an item, folded; nothing where they have another form."""
     if (printed := tables.paper_table(item)) is None:
         return []
-    decimals = 4 if item in tables.LAYER_ITEMS else 2
-    shown = tables.frame_markdown(printed, decimals).strip()
+    shown = tables.frame_markdown(printed).strip()
     return ["<details><summary>The paper's numbers, on its own data</summary>", shown, "</details>"]
 
 

@@ -7,6 +7,7 @@ Rows are kept as the text that stands in the file, so the same run twice gives t
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import math
 import numbers
@@ -193,8 +194,9 @@ def read_results(path: Path, profile: str | None = None) -> pd.DataFrame:
     return to_frame(_read_checked(path, profile))
 
 
+@functools.cache
 def read_paper() -> pd.DataFrame:
-    """The numbers that the paper prints, expected/paper.csv."""
+    """The numbers that the paper prints, expected/paper.csv; read once, so not to be changed."""
     return read_results(REPOSITORY / "expected" / "paper.csv", "paper")
 
 

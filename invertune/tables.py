@@ -73,7 +73,7 @@ LABELS = {
     "form": {"paper": "the paper's"},
 }
 LATEX = {"λ": r"$\lambda$", "β": r"$\beta$"}  # pdflatex has no Greek letters outside of formulas
-PAPER_LAYOUT = {  # the rows and columns of the paper's own tables and of Figure 6's numbers
+LAYOUT = {  # the rows and columns of a table, ours and the paper's, and of Figure 6's numbers
     "table1": (["task", "metric", "defense"], ["attack"]),
     "table2": (["metric", "variant"], ["attack"]),
     "table3": (["metric", "k", "variant"], ["attack"]),
@@ -81,7 +81,6 @@ PAPER_LAYOUT = {  # the rows and columns of the paper's own tables and of Figure
     "table5": (["defense"], ["backbone", "metric"]),
     "figure6": (["metric"], ["variant"]),
 }
-LAYER_ITEMS = ("table12", "table13", "table14", "table15")
 BLOCK = re.compile(r"^visual\.(transformer\.resblocks|trunk\.blocks)\.")  # of both kinds of ViT
 
 
@@ -160,9 +159,9 @@ def paper_table(item: str) -> pd.DataFrame | None:
     Tables 6 to 11 count predictions on other classes.
     """
     rows = select(read_paper(), paper_item=item)
-    if item in PAPER_LAYOUT:
-        return wide(rows, *PAPER_LAYOUT[item])
-    return _layers_row(rows) if item in LAYER_ITEMS else None
+    if item in LAYOUT:
+        return wide(rows, *LAYOUT[item])
+    return _layers_row(rows) if "layer_impact" in set(rows.metric) else None
 
 
 def _layers_row(rows: pd.DataFrame) -> pd.DataFrame:

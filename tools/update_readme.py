@@ -129,8 +129,7 @@ def updated(readme: str, paper: pd.DataFrame, published: pd.DataFrame) -> str:
         frame_markdown(pd.read_csv(FIGURES / "mini" / "defenses.csv", dtype=str)),
         cases_caption(pd.read_csv(FIGURES / "mini" / "generalization_cases.csv")),
         frame_markdown(both[0].merge(both[1], on=["defense", ""])),
-        "Claims judged on mini, "
-        f"{claims_counted(judge(load_claims(), published))}. "
+        f"Claims judged on mini, {claims_counted(judge(load_claims(), published))}. "
         "[figures/mini](figures/mini/README.md) has each claim with its numbers, and all figures "
         "and tables.",
     ]
