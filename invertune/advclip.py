@@ -1,13 +1,14 @@
 """AdvCLIP's generator of a universal adversarial patch (Zhou et al. 2023), the paper's step 1.
 
 The paper runs AdvCLIP on images alone, so the texts here are the prompts of the classes that the
-suspected model itself predicts. The generator is smaller than AdvCLIP's: it draws 16 x 16 pixels,
-which are scaled to the patch.
+suspected model itself predicts. AdvCLIP's generator draws 224 x 224 pixels; this one draws the
+patch, at the smallest of 16, 32, 64, ... pixels a side that holds it, which are scaled to it.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +27,16 @@ NCE_TEMPERATURE = 0.1
 DISCRIMINATOR_CLAMP = 0.01
 
 
-def patch_generator() -> nn.Module:
-    """Fixed noise [16, 100, 1, 1] to 16 feature maps, mixed into one patch [1, 3, 16, 16]."""
-    widths = (NOISE_DIM, 256, 128, 64)
+def patch_generator(patch_px: int) -> nn.Module:
+    """Fixed noise [16, 100, 1, 1] to 16 feature maps, mixed into one patch [1, 3, side, side].
+
+    For the paper's 38 px its filters are AdvCLIP's 1024, 512, 256 and 128.
+    """
+    doublings = max(2, math.ceil(math.log2(patch_px / 4)))
+    side = 4 << doublings
+    widths = (NOISE_DIM, *(64 << i for i in reversed(range(doublings + 1))))
     layers: list[nn.Module] = []
-    for i in range(3):
+    for i in range(doublings + 1):
         stride, padding = (1, 0) if i == 0 else (2, 1)
         layers += [
             nn.ConvTranspose2d(widths[i], widths[i + 1], 4, stride, padding, bias=False),
@@ -39,11 +45,11 @@ def patch_generator() -> nn.Module:
         ]
     return nn.Sequential(
         *layers,
-        nn.Conv2d(widths[3], 1, 3, padding=1),
+        nn.Conv2d(widths[-1], 1, 3, padding=1),
         nn.Tanh(),
         nn.Flatten(),
         nn.Unflatten(0, (1, NOISES)),
-        nn.Unflatten(2, (16, 16)),
+        nn.Unflatten(2, (side, side)),
         nn.Conv2d(NOISES, 3, 3, padding=1),
         nn.Sigmoid(),
     )
@@ -83,7 +89,7 @@ def generated_patch(view: View, settings: Identification, seed: int) -> Tensor:
     clip, clean, texts = view.clip, view.features, view.texts
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        generator = patch_generator().to(clip.device)
+        generator = patch_generator(settings.patch_px).to(clip.device)
         discriminator = patch_discriminator().to(clip.device)
         noise = torch.randn(NOISES, NOISE_DIM, 1, 1).to(clip.device)
     lr, betas = settings.generator_lr, (0.5, 0.999)

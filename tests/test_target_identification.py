@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from invertune import prefetch
-from invertune.advclip import nce_loss, topology_gap
+from invertune.advclip import nce_loss, patch_generator, topology_gap
 from invertune.models import embed_images, zero_shot_head
 from invertune.perturbations import View, perturb
 from invertune.sections import EMBEDDED, Identification
@@ -148,3 +149,23 @@ def test_topology_gap_is_zero_only_for_equal_graphs() -> None:
     assert topology_gap(a, a).item() == pytest.approx(0, abs=1e-6)
     assert topology_gap(a, b).item() > 1e-4
     assert nce_loss(a, a) < nce_loss(a, a.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("patch_px", "side", "filters"),
+    [
+        (12, 16, [256, 128, 64]),
+        (16, 16, [256, 128, 64]),
+        (38, 64, [1024, 512, 256, 128, 64]),  # AdvCLIP's: Zhou et al. 2023
+    ],
+)
+def test_the_generator_draws_as_many_pixels_as_the_patch_has(
+    patch_px: int, side: int, filters: list[int]
+) -> None:
+    maker = patch_generator(patch_px)
+    layers = [layer for layer in maker if isinstance(layer, nn.ConvTranspose2d)]
+    assert [layer.out_channels for layer in layers] == filters
+    with torch.no_grad():
+        patch = maker(torch.randn(16, 100, 1, 1))
+    assert patch.shape == (1, 3, side, side)
+    assert 0 <= patch.min() < patch.max() <= 1
