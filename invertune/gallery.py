@@ -46,7 +46,7 @@ def page(
     """
     files = {path.name for path in folder.glob("*") if drawn is None or path.name in drawn}
     items = yaml.safe_load(ITEMS.read_text())
-    missing = "not run yet" if drawn is None else "not run on these seeds"
+    missing = "not there yet" if drawn is None else "not run on these seeds"
     notebooks = {item: name for name, printed in items["notebooks"].items() for item in printed}
     beside = (
         "The paper's numbers, which come from other data, stand folded below ours and in "

@@ -22,7 +22,7 @@ from invertune.settings import load_settings, sweep_values
 from invertune.store import artifact_key
 from invertune.weights import load_clip, locked_hash
 
-ONE = {"attacks": {"names": ["badnet"]}, "baselines": {"names": ["ft"]}}
+ONE = {"attacks": {"names": ["badclip"]}}
 CASES: dict[str, dict[str, Any]] = {"mini": {}, "scenes224": ONE}
 LAYER = "visual.layer4"
 SWEPT = len(sweep_values(load_settings("mini"), "inversion", "lambda1")[1:])  # as of every weight

@@ -31,7 +31,7 @@ def test_the_page_names_what_is_not_run_and_the_seeds_of_what_is(tmp_path: Path)
     parts = {part.split(":")[0]: part for part in page.split("### ")[1:]}
     assert "seed 5 · [CSV](table1.csv)" in parts["Table 1"] and "| 50.00 |" in parts["Table 1"]
     assert "[58 rows](table6.md)" in parts["Table 6"] and "| a |" not in parts["Table 6"]
-    assert "not run yet" in parts["Figure 5(a)"]
+    assert "not there yet" in parts["Figure 5(a)"]
     assert "| Zero-shot | ASR | PAR | 6.03 |" in parts["Table 1"]  # the paper's, folded
     assert "6.03" not in page.replace(parts["Table 1"], "") and "<details>" not in parts["Table 4"]
     assert page.count("<img") == 1
