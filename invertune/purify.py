@@ -100,7 +100,7 @@ def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Ar
         "would still do is not measured.",
         f"## 1 Suspected target: {settings.target}",
         tables.frame_markdown(pd.DataFrame(candidates), 1).strip(),
-        "The classes that universal perturbations reach most. *Evidence*, stronger where smaller: "
+        "The classes that universal perturbations reach most. *Score*, more suspicious where lower: "
         "the mask that a short inversion needs (L1, at equal success) times the percentage of "
         f"images that resist the perturbations. {comparison(settings)}",
         "## 2 Inverted trigger",
@@ -121,7 +121,7 @@ def _candidate(name: str, gain: float, size: float | None) -> dict[str, Any]:
         "class": name,
         "largest increase (points)": gain,
         "mask L1": "never" if size is None else size,
-        "evidence": "none" if size is None else weighted_mask(size, gain),
+        "score": "none" if size is None else weighted_mask(size, gain),
     }
 
 
@@ -144,13 +144,13 @@ def _round(number: int, trigger: dict[str, Any], tuned: Artifact) -> dict[str, A
 
 
 def comparison(settings: Settings) -> str:
-    """In a sentence, the evidence for the first candidates of known models, clean and attacked.
+    """In a sentence, the scores of the first candidates of known models, clean and attacked.
 
     From the published results of the same profile and backbone, where there are any.
     """
     alike = shipped_as(settings.weights) == settings.backbone or settings.weights == EMBEDDED
     known = settings.profile == "mini" and settings.data.source == PICTOGRAMS and alike
-    found = known_evidence(settings.backbone) if known else []
+    found = known_scores(settings.backbone) if known else []
     clean = [value for attack, value in found if attack in NULLS]
     attacked = [value for attack, value in found if attack not in NULLS]
     if not (clean and attacked):
@@ -161,8 +161,8 @@ def comparison(settings: Settings) -> str:
     )
 
 
-def known_evidence(backbone: str) -> list[tuple[str, float]]:
-    """Attack and first candidate's evidence of each published model of mini with this backbone."""
+def known_scores(backbone: str) -> list[tuple[str, float]]:
+    """Attack and first candidate's score of each published model of mini with this backbone."""
     rows = read_results(REPOSITORY / "expected" / "mini.csv", "mini")
     rows = rows[(rows.backbone == backbone) & (rows.defense == "none")]
     place, name = (rows.variant.str.extract(f"{key}=([^;]+)")[0] for key in ("candidate", "class"))

@@ -14,7 +14,7 @@ from PIL import Image
 from invertune import data as datasets
 from invertune.__main__ import main
 from invertune.models import MODEL_FOLDER
-from invertune.purify import PurifyError, _candidate, comparison, known_evidence, purify
+from invertune.purify import PurifyError, _candidate, comparison, known_scores, purify
 from invertune.sections import NULLS
 from invertune.settings import load_settings
 from invertune.store import entries
@@ -35,7 +35,7 @@ def test_the_folder_holds_the_purified_model_and_a_report(
     assert (out / "README.md").read_text() == report and (out / "trigger.png").is_file()
     assert report.startswith(f"# InverTune on local-dir:{suspect} (RN50)")
     assert (out / "special_tokens_map.json").read_text() == "{}"
-    assert "| evidence |" in report and "## 1 Suspected target: " in report and "\n| 2 |" in report
+    assert "| score |" in report and "## 1 Suspected target: " in report and "\n| 2 |" in report
     made = {a.meta["step"]: a for a in entries(tmp_path / "store")}
     clip, _ = load_clip("RN50", f"local-dir:{out}")
     kept = made["second_round"].tensors("weights")
@@ -75,12 +75,12 @@ def test_images_of_ones_own_are_all_that_is_needed(
 
 def test_an_empty_mask_is_not_taken_for_none() -> None:
     empty, none = (_candidate("ski", 60.0, size) for size in (0.0, None))
-    assert (empty["mask L1"], empty["evidence"]) == (0.0, 0.0)
-    assert (none["mask L1"], none["evidence"]) == ("never", "none")
+    assert (empty["mask L1"], empty["score"]) == (0.0, 0.0)
+    assert (none["mask L1"], none["score"]) == ("never", "none")
 
 
 def test_known_models_stand_beside_it() -> None:
-    found = known_evidence("RN50")
+    found = known_scores("RN50")
     attacked = [value for attack, value in found if attack not in NULLS]
     clean = [value for attack, value in found if attack in NULLS]
     assert len(attacked) >= 18 and len(clean) >= 6
