@@ -60,6 +60,7 @@ def table2_figure(
         line = {"color": "0.6", "linewidth": 0.6, "label": "above it: ASR floor not reached"}
         for chart in axes.flat[: len(several)]:
             chart.plot([0, 1], [0.9, 0.9], transform=chart.transAxes, **line)
+    _explain_bands(axes[0, 0])
     figures.legend_above(figure, axes[0, 0])
     return figure
 
@@ -83,6 +84,12 @@ def _curve(axes: Axes, rows: pd.DataFrame, places: Mapping[str, float], attack: 
         axes.fill_between(list(finite), *ends, color=look["color"], alpha=0.2, linewidth=0)
 
 
+def _explain_bands(axes: Axes) -> None:
+    """Names the bands of ``_curve``, if there are any, in the legend."""
+    if axes.collections:
+        axes.fill_between([], [], color="0.5", alpha=0.4, label="band: lowest to highest seed")
+
+
 @mpl.rc_context(STYLE)
 def table3_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     """Table 3's ASR at top 1 and top 10, by the trigger that the model was tuned with."""
@@ -102,7 +109,7 @@ def table3_figure(chain: Chain, results: pd.DataFrame) -> Figure:
             rows = ours(chain, results, [source], **about)
             groups[title] = tables.by_seed(rows, "attack")
         figures.bars(chart, names, groups, (AFTER, PAPERS, BEFORE, MARKED))
-        figures.percent_axis(chart, f"ASR, top {k} (%)")
+        figures.percent_axis(chart, f"Zero-shot ASR, top {k} (%)")
     figures.legend_above(figure, axes[0, 0])
     return figure
 
@@ -118,8 +125,7 @@ def rounds_figure(chain: Chain, results: pd.DataFrame) -> Figure:
             rows = ours(chain, results, [variant("rounds", number)], metric=metric)
             groups[title] = tables.by_seed(rows, "attack")
         figures.bars(chart, names, groups)
-    axes[0, 0].set_xlabel("ASR (%)")
-    figures.percent_axis(axes[0, 1], "CA (%)")
+        figures.percent_axis(chart, f"Zero-shot {metric.upper()} (%)")
     figures.legend_above(figure, axes[0, 0])
     return figure
 
@@ -129,7 +135,7 @@ def figure6(chain: Chain, results: pd.DataFrame) -> Figure:
     """Figure 6: CA and ASR over beta, a line per attack.
 
     CA is that of the chosen state on evaluation images, and that of the last step on held-out
-    images, which show drawings that the model was trained on. Beside ASR stands the paper's.
+    images, which show drawings that the model was trained on. The paper's stand beside ours.
     """
     values = sorted(sweep_values(chain.settings, "tuning", "beta"))
     own = chain.settings.tuning.beta
@@ -148,11 +154,12 @@ def figure6(chain: Chain, results: pd.DataFrame) -> Figure:
         if metric == "ca":
             chart.set_ylim(0, 100)
         chart.set(title=title, xlabel=r"$\beta$", xticks=sorted({values[0], own, values[-1]}))
-    printed = tables.select(read_paper(), paper_item="figure6", metric="asr")
-    betas = printed.variant.str.removeprefix("beta=").astype(float)
     look = {"marker": "o", "markersize": 3, "fillstyle": "none", "linestyle": "--"}
-    axes[0, 2].plot(betas, printed.value, color=MARKED, **look)
-    axes[0, 0].plot([], [], color=MARKED, label="the paper's ASR", **look)
+    for chart, metric in ((axes[0, 0], "ca"), (axes[0, 2], "asr")):
+        printed = tables.select(read_paper(), paper_item="figure6", metric=metric)
+        betas = printed.variant.str.removeprefix("beta=").astype(float)
+        chart.plot(betas, printed.value, color=MARKED, label="the paper's", **look)
+    _explain_bands(axes[0, 0])
     figures.legend_above(figure, axes[0, 0])
     return figure
 

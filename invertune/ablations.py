@@ -43,7 +43,7 @@ def variants(chain: Chain, section: str, names: Iterable[str]) -> list[str]:
 
 
 def inversion_rows(chain: Chain, attacks: Sequence[str], names: Iterable[str], item: str) -> Rows:
-    """Inverted ASR, mask size at equal ASR and SSIM at every compared value of some settings.
+    """Inverted ASR, mask size at the ASR floor and SSIM at every compared value of some settings.
 
     Besides, as extras, the last state of each inversion: what step 2 gives without choosing.
     """
@@ -199,7 +199,7 @@ def ours(chain: Chain, results: pd.DataFrame, wanted: Sequence[str], **where: st
 
 
 def table2(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
-    """Table 2: inverted ASR, mask size at equal ASR and SSIM, a line per weight and value."""
+    """Table 2: inverted ASR, mask size at the ASR floor and SSIM, a line per weight and value."""
     wanted = variants(chain, "inversion", WEIGHTS)
     rows = ours(chain, results, wanted, paper_item="table2")
     return tables.wide(rows, *tables.LAYOUT["table2"])

@@ -56,8 +56,7 @@ def mapping_of(text: str | None) -> dict[str, Any]:
 
 def _seeds(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    whole = all(part.isdecimal() and len(part) < 19 for part in parts)  # below 2**63
-    if not whole:
+    if not all(part.isdecimal() and len(part) < 19 for part in parts):
         raise SettingsError(
             f"--seeds {text[:200]!r} is not a list of whole numbers; for example 1,2,3"
         )

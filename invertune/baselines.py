@@ -23,7 +23,7 @@ from invertune.models import Clip, clone, embed_images, frozen_copy, to_pixels, 
 from invertune.prefetch import Batch
 from invertune.sampling import BatchError, pair_indices
 from invertune.sections import Baselines, BaselineTraining, CleanClip, Par
-from invertune.text_augment import augment_captions, known_words, lexicon, sub_captions
+from invertune.text_augment import Synonyms, augment_captions, known_words, lexicon, sub_captions
 from invertune.training import (
     Log,
     Method,
@@ -92,7 +92,8 @@ def cleanclip(clip: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Metho
     """FT plus in-modal self-supervision on augmented images and captions (Bansal et al. 2023)."""
     clip.net.train()
     section = settings.cleanclip
-    tokens = _both_tokens(clip, pairs.captions, settings.synonyms, section, seed)
+    known = known_words(settings.synonyms).synonyms
+    tokens = _both_tokens(clip, pairs.captions, known, section, seed)
 
     def batch_at(rows: Tensor, step: int) -> Batch:
         return _two_views(pairs, tokens, rows, seed, step)
@@ -110,8 +111,9 @@ def cleanerclip(clip: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Met
     """
     clip.net.train()
     section = settings.cleanerclip
-    tokens = _both_tokens(clip, pairs.captions, settings.synonyms, section, seed)
-    known = lexicon(pairs.captions, known_words(settings.synonyms).nouns)
+    vocabulary = known_words(settings.synonyms)
+    tokens = _both_tokens(clip, pairs.captions, vocabulary.synonyms, section, seed)
+    known = lexicon(pairs.captions, vocabulary.nouns)
 
     def batch_at(rows: Tensor, step: int) -> Batch:
         captions = [pairs.captions[row] for row in rows.tolist()]
@@ -170,11 +172,10 @@ def par(clip: Clip, pairs: Pairs, settings: Baselines, seed: int) -> Method:
 
 
 def _both_tokens(
-    clip: Clip, captions: Sequence[str], synonyms: str, section: CleanClip, seed: int
+    clip: Clip, captions: Sequence[str], synonyms: Synonyms, section: CleanClip, seed: int
 ) -> Tensor:
     """Token ids [2, N, context] of the captions and of their augmented versions, drawn once."""
-    known = known_words(synonyms).synonyms
-    augmented = augment_captions(captions, known, section.text_change_rate, seed)
+    augmented = augment_captions(captions, synonyms, section.text_change_rate, seed)
     return torch.stack([clip.tokenizer(list(texts)) for texts in (captions, augmented)])
 
 

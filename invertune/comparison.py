@@ -59,11 +59,11 @@ def data_use(chain: Chain, defense: str, attack: str, seed: int) -> tuple[int, i
 
 
 def rebound_rows(chain: Chain) -> Rows:
-    """CA and ASR after benign fine-tuning of every defended model."""
+    """CA and ASR after benign fine-tuning of every defended model, and of the undefended one."""
     rows: Rows = []
     for attack, seed in suspects(chain.settings, among=chain.settings.rebound.attacks):
         suspect = steps.poisoned(chain, attack, seed)
-        for defense in defenses_compared(chain):
+        for defense in ("none", *defenses_compared(chain)):
             model = defenses.rebound_model(chain, defense, attack, seed)
             done = evaluated(chain, model, model.trigger, suspect.key, seed)
             base = shared_columns(chain, attack, seed, done.key, defense=defense)
@@ -138,19 +138,22 @@ def learning_rate_table(chain: Chain) -> pd.DataFrame:
                     "attack": tables.label("attack", attack),
                     "seed": seed,
                     "defense": tables.label("defense", defense),
-                    "suspected CA": found["suspected_accuracy"],
+                    "held-out CA before": found["suspected_accuracy"],
                     "chosen": f"{found['lr']:g}",
                     "within the allowance": "yes" if found["qualified"] else "NO",
-                    **{f"CA at {lr:g}": accuracy for lr, accuracy in found["tried"]},
+                    **{f"held-out CA at {lr:g}": accuracy for lr, accuracy in found["tried"]},
                 }
             )
     return pd.DataFrame(lines)
 
 
 def rebound_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
-    """Zero-shot CA and ASR after benign fine-tuning, a line per defense."""
-    rows = tables.select(own_rows(chain, results), metric=["rebound_ca", "rebound_asr"], k="1")
-    return tables.wide(rows, ["defense"], ["attack", "metric"])
+    """CA and ASR of both tasks before and after benign fine-tuning, a line per task and defense."""
+    own, among = own_rows(chain, results), chain.settings.rebound.attacks
+    before = tables.select(own, paper_item="table1", metric=["ca", "asr"], variant="")
+    after = tables.select(own, metric=["rebound_ca", "rebound_asr"])
+    rows = pd.concat([before[before.attack.isin(among)], after])
+    return tables.wide(rows, ["task", "defense"], ["attack", "metric"])
 
 
 @mpl.rc_context(STYLE)
@@ -205,9 +208,11 @@ def _cell(values: Sequence[float]) -> str:
 
 @mpl.rc_context(STYLE)
 def rebound_figure(chain: Chain, results: pd.DataFrame) -> Figure:
-    """Zero-shot ASR of each defense right after it and after benign fine-tuning."""
+    """Zero-shot ASR of each defended model, and of the undefended one, before and after benign
+    fine-tuning.
+    """
     looks = {
-        "after the defense": {"metric": "asr", "paper_item": "table1"},
+        "before fine-tuning": {"metric": "asr", "paper_item": "table1"},
         "after fine-tuning": {"metric": "rebound_asr"},
     }
     names = [a for a in chain.settings.attacks.names if a in chain.settings.rebound.attacks]
@@ -216,8 +221,8 @@ def rebound_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     for chart, attack in zip(axes[:, 0], names, strict=False):  # none: an empty chart
         shared = {"attack": attack, "task": "zeroshot", "k": "1", "variant": ""}
         groups = {t: tables.by_seed(results, "defense", **shared, **w) for t, w in looks.items()}
-        bars(chart, defenses_compared(chain), groups, column="defense")
-        percent_axis(chart, "ASR (%)")
+        bars(chart, ("none", *defenses_compared(chain)), groups, column="defense")
+        percent_axis(chart, "Zero-shot ASR (%)")
         chart.set_title(tables.label("attack", attack))
         chart.label_outer()
     if names:

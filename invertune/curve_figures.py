@@ -11,21 +11,22 @@ from matplotlib.ticker import LogLocator
 
 from invertune import steps
 from invertune.chain import Chain
-from invertune.figures import STYLE, attack_look, in_order, panels
+from invertune.figures import STYLE, attack_look, in_order, legend, panels
 
 INVERSION_CURVES = {
     "align": "$L_{align}$",
     "emb": "$L_{emb}$",
     "sim": "$L_{sim}$",
-    "inverted_asr": "Inverted ASR, held-out (%)",
+    "inverted_asr": "Held-out inverted ASR (%)",
     "mask_l1": "Mask size (L1)",
 }
 TUNING_CURVES = {
-    "inverted_asr": "Suspected ASR, held-out (%)",
+    "inverted_asr": "Held-out suspected ASR (%)",
     "clean_accuracy": "Held-out CA (%)",
     "activation": "$L_{activation}$",
     "preserve": "$L_{preserve}$",
 }
+LOG = ("align", "mask_l1", "activation", "preserve")  # else only their first steps are seen
 
 
 def inversion_figure(chain: Chain) -> Figure:
@@ -66,17 +67,18 @@ def loss_curves(
         for i, name in enumerate(in_order(logs)):
             if column in logs[name]:
                 points, look = logs[name].set_index("step")[column].dropna(), attack_look(name)
-                chart.plot(points, markevery=(0.03 * i, 0.25), **look)
+                drawn = points[points > 0] if column in LOG else points
+                chart.plot(drawn, markevery=(0.03 * i, 0.25), **look)
                 if name in kept:
-                    chart.plot(kept[name], points[kept[name]], color=look["color"], **ring)
+                    place = (kept[name], points[kept[name]])
+                    chart.plot(*place, color=look["color"], clip_on=False, **ring)
         chart.set_title(title)
-        if column == "mask_l1":
+        if column in LOG:
             chart.set_yscale("log", subs=[])
             chart.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-            chart.yaxis.set_major_formatter("{x:,.0f}")
+            chart.yaxis.set_major_formatter("{x:,g}")
     if kept:
         axes[0, 0].plot([], [], color="black", linestyle="", label="kept state", **ring)
     figure.supxlabel("Step", fontsize=STYLE["axes.labelsize"])
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=3)
+    figure.legend(**legend(axes[0, 0]), loc="outside upper center", ncols=3)
     return figure

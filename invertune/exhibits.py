@@ -41,20 +41,20 @@ def _by_attack(
 
 
 def gate_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
-    """Per attack: CA, ASR with its floors, and in which seeds the gate was missed."""
+    """Per attack: CA, both tasks' ASR with its floors, and in which seeds the gate was missed."""
     rows, gate = own_rows(chain, results), chain.settings.attacks
-    where = {"defense": "none", "task": "zeroshot", "k": "1"}
-    failed = _failed(rows, gate)
-    frame = _by_attack(
-        chain,
-        {
-            "CA": _column(rows, metric="ca", **where),
-            "CA loss": _column(rows, metric="ca_loss", **where),
-            "ASR": _column(rows, metric="asr", variant="", **where),
-            "ASR, clean model": _column(rows, metric="asr", variant="floor=clean_model", **where),
-            "ASR, no trigger": _column(rows, metric="asr", variant="floor=untriggered", **where),
-        },
-    )
+    failed, columns = _failed(rows, gate), {}
+    for task, k in TASK_KS:
+        where = {"defense": "none", "task": task, "k": k}
+        asr = f"{'retrieval ' * (task == 'retrieval')}ASR"
+        if task == "zeroshot":
+            columns["CA"] = _column(rows, metric="ca", **where)
+            columns["CA loss"] = _column(rows, metric="ca_loss", **where)
+        columns[asr] = _column(rows, metric="asr", variant="", **where)
+        for variant, title in (("clean_model", "clean model"), ("untriggered", "no trigger")):
+            floor = {"metric": "asr", "variant": f"floor={variant}"}
+            columns[f"{asr}, {title}"] = _column(rows, **floor, **where)
+    frame = _by_attack(chain, columns)
     frame["gate"] = [failed.get(name, "passed") for name in gate.names]
     return frame
 
@@ -81,7 +81,7 @@ def gate_figure(chain: Chain, results: pd.DataFrame) -> Figure:
 
 def ranking_table(chain: Chain) -> pd.DataFrame:
     """Per model and seed: the candidates, lowest score first, with its factors: the mask's size and
-    the percentage of images that no perturbation drives to the class.
+    100 minus the largest increase, but at least 1.
     """
     names, lines = datasets.distinct_names(chain.settings.data), []
     for attack, seed in suspects(chain.settings, nulls=True):
@@ -98,7 +98,7 @@ def ranking_table(chain: Chain) -> pd.DataFrame:
                 "candidates": ", ".join(chosen),
                 "mask L1 after a short inversion": _whole(sizes),
                 "largest increase": ", ".join(f"{gains[c]:+.1f}" for c in chosen),
-                "score (mask L1 x % not driven)": _whole(weighted),
+                "score (mask L1 x (100 - increase))": _whole(weighted),
                 "found": "(null)" if attack in NULLS else right,
             }
         )
@@ -116,12 +116,13 @@ def increase_table(chain: Chain, attack: str) -> pd.DataFrame:
     names = datasets.distinct_names(chain.settings.data)
     found = steps.increases(steps.identified(chain, attack, chain.settings.seeds[0]))
     kind = strongest(found)
+    total = int(found[kind].clean.sum())
     lines = [
         {
             "perturbation": tables.label("perturbation", kind),
             "class": name,
-            "clean": before,
-            "adversarial": after,
+            f"clean (of {total})": before,
+            f"adversarial (of {total})": after,
             "increase (points)": points,
         }
         for name, before, after, points in ranked_increases(found[kind], names)
@@ -130,16 +131,22 @@ def increase_table(chain: Chain, attack: str) -> pd.DataFrame:
 
 
 def inversion_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
-    """Per model: ASR of the true and of the inverted trigger, mask size, and its null ratio."""
+    """Per model: ASR of the true and of the inverted trigger, mask size, and its ratio to that
+    of the clean model where that reached the ASR floor.
+    """
     rows = own_rows(chain, results)
     where = {"defense": "none", "task": "zeroshot"}
+    sizes = _column(rows, metric="mask_l1", variant="", **where)
+    ratios = _column(rows, metric="mask_l1_ratio", **where)
+    if sizes.get("none") == math.inf:
+        ratios[:] = np.nan
     return _by_attack(
         chain,
         {
             "ASR": _column(rows, metric="asr", paper_item="figure5", **where),
             "inverted ASR": _column(rows, metric="inverted_asr", variant="", **where),
-            "mask L1 at equal ASR": _column(rows, metric="mask_l1", variant="", **where),
-            "mask L1 / clean model's": _column(rows, metric="mask_l1_ratio", **where),
+            "mask L1 at the ASR floor": sizes,
+            "mask L1 / clean model's": ratios,
             "mask energy under the patch (%)": _column(
                 rows, metric="mask_energy", variant="", **where
             ),
@@ -186,8 +193,8 @@ def trigger_example(
 ) -> Example:
     """A triggered evaluation image and the trigger alone.
 
-    A patch and an inverted trigger are shown as mask times pattern; any other trigger as what it
-    changes in this image, around mid-gray, as strong as it can be shown.
+    A patch and an inverted trigger are shown on mid-gray; of any other trigger, what it changes in
+    this image, around mid-gray, as strong as it can be shown.
     """
     if inverted:
         trigger = steps.inverted_trigger(chain, steps.inverted(chain, attack, seed))
@@ -196,7 +203,8 @@ def trigger_example(
     image = to_pixels(example_image(chain, part), chain.device)
     triggered = as_picture(triggers.apply(trigger, image)[0])
     if trigger.kind in ("patch", "mask"):
-        return Example(triggered, as_picture(triggers.apply(trigger, torch.zeros_like(image))[0]))
+        gray = torch.full_like(image, 0.5)
+        return Example(triggered, as_picture(triggers.apply(trigger, gray)[0]))
     changed, factor = image_figures.difference(triggered, as_picture(image[0]))
     return Example(triggered, changed, f"difference x{factor:.1f}")
 
@@ -271,16 +279,23 @@ def tuning_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
 
 
 def before_after_figure(chain: Chain, results: pd.DataFrame) -> Figure:
-    """CA and ASR before and after InverTune, zero-shot."""
-    ca, asr = (_before_after(chain, results, metric) for metric in ("ca", "asr"))
-    return figures.before_after(ca, asr)
+    """CA and ASR of both tasks before and after InverTune."""
+    return figures.before_after(
+        {
+            f"{tables.label('task', task)} {metric.upper()} (%)": _before_after(
+                chain, results, metric, task, k
+            )
+            for task, k in TASK_KS
+            for metric in ("ca", "asr")
+        }
+    )
 
 
 def _before_after(
-    chain: Chain, results: pd.DataFrame, metric: str
+    chain: Chain, results: pd.DataFrame, metric: str, task: str = "zeroshot", k: str = "1"
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Table 1's zero-shot rates without defense and after InverTune: per attack, of each seed."""
-    where = {"task": "zeroshot", "k": "1", "variant": "", "paper_item": "table1", "metric": metric}
+    """Table 1's rates without defense and after InverTune: per attack, of each seed."""
+    where = {"task": task, "k": k, "variant": "", "paper_item": "table1", "metric": metric}
     rows = own_rows(chain, results)
     before, after = (
         tables.by_seed(rows, "attack", defense=d, **where) for d in ("none", "invertune")
@@ -294,7 +309,7 @@ def figure1(chain: Chain, results: pd.DataFrame) -> Figure:
     suspect, image = steps.poisoned(chain, attack, seed), example_image(chain)
     example = trigger_example(chain, attack, seed)
     triggered = torch.from_numpy(example.image).permute(2, 0, 1)[None].to(chain.device)
-    names, head = datasets.class_names(chain.settings.data), class_head(chain, suspect.clip)
+    names, head = datasets.distinct_names(chain.settings.data), class_head(chain, suspect.clip)
     features = torch.cat([embed_images(suspect.clip, shown) for shown in (image, triggered)])
     seen = [names[i] for i in predictions(features, head).tolist()]
     return image_figures.figure1(

@@ -20,6 +20,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from invertune.files import write_atomic
 from invertune.results import natural_order
@@ -193,9 +194,11 @@ def bars(
             linewidth=0.8,
             label=title,
             xerr=np.abs(ends) if several else None,
-            ecolor="0.45",  # seen on light and on dark bars
+            ecolor="black",
             error_kw={"elinewidth": 0.8, "label": WHISKERS if i == 0 else "_nolegend_"},
         )
+        if drawn.errorbar is not None:  # a white edge: seen on light and on dark bars
+            drawn.errorbar[2][0].set_path_effects([withStroke(linewidth=2, foreground="white")])
         beside = axes.get_yaxis_transform()
         for bar, mean in zip(drawn, means, strict=True):
             middle = bar.get_y() + bar.get_height() / 2
@@ -251,7 +254,7 @@ def figure5b(original: Values, inverted: Values) -> Figure:
     names = in_order(original, inverted)
     figure, axes = canvas(1, 1, COLUMN_IN, 0.8 + 0.26 * len(names))
     bars(axes[0, 0], names, {"original trigger": original, "inverted trigger": inverted})
-    percent_axis(axes[0, 0], "ASR (%)")
+    percent_axis(axes[0, 0], "Zero-shot ASR (%)")
     legend_above(figure, axes[0, 0])
     return figure
 
@@ -282,13 +285,12 @@ def attack_gate(
 
 
 @mpl.rc_context(STYLE)
-def before_after(ca: tuple[Values, Values], asr: tuple[Values, Values]) -> Figure:
-    """CA and ASR per attack before and after tuning; each argument is (before, after)."""
-    names = in_order(*ca, *asr)
-    figure, axes = bar_panels(len(names), 2)
-    for chart, title, (before, after) in zip(
-        axes[0], ("CA (%)", "ASR (%)"), (ca, asr), strict=True
-    ):
+def before_after(found: Mapping[str, tuple[Values, Values]]) -> Figure:
+    """Rates per attack before and after tuning, four charts: (before, after) by a chart's title."""
+    names = in_order(*(values for pair in found.values() for values in pair))
+    height = 1.0 + 2 * (0.2 + 0.26 * len(names))
+    figure, axes = canvas(2, 2, COLUMN_IN, height, sharey=True)
+    for chart, (title, (before, after)) in zip(axes.flat, found.items(), strict=True):
         bars(chart, names, {"before tuning": before, "after tuning": after})
         percent_axis(chart, title)
     legend_above(figure, axes[0, 0])

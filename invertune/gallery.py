@@ -94,8 +94,8 @@ def _origins(profile: str, results: pd.DataFrame, overridden: bool) -> str:
         f"[these settings](../../params/{profile}.yml){', some of them overridden,' * overridden} "
         f"on {named_seeds(filter(None, results.seed))}"
         f" (attacks: {_named(results, 'attack')}; defenses: {_named(results, 'defense')}). Entries "
-        "for several seeds are means, with the lowest and the highest seed in parentheses or as "
-        "whiskers."
+        "for several seeds are means; Table 1 has the lowest and the highest seed in parentheses, "
+        "charts have them as whiskers or bands."
     )
 
 

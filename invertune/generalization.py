@@ -204,7 +204,7 @@ def _chosen(case: Case, main: Chain, attack: str, seed: int) -> dict[str, Any]:
     line: dict[str, Any] = {
         "attack": "FAILED" if attack in missed else "passed",
         "found": steps.first_candidate(chain, attack, seed),
-        "inverted ASR": steps.inverted(chain, attack, seed).metrics["inverted_asr"],
+        "held-out inverted ASR": steps.inverted(chain, attack, seed).metrics["inverted_asr"],
         "critical layers": tables.layers(steps.critical(chain, attack, seed).layers),
     }
     for name in main.settings.generalization.baselines:
@@ -229,8 +229,7 @@ def asr_figure(chain: Chain, results: pd.DataFrame) -> Figure:
     figure, axes = canvas(1, 1, COLUMN_IN, 0.7 + 0.085 * len(shown) * (len(names) + 1))
     colors = [DEFENSE_COLORS[defense] for defense in names]
     bars(axes[0, 0], [case.name for case in shown], groups, colors, column="case")
-    percent_axis(
-        axes[0, 0], f"ASR (%), {tables.label('attack', chain.settings.generalization.attack)}"
-    )
+    attack = tables.label("attack", chain.settings.generalization.attack)
+    percent_axis(axes[0, 0], f"Zero-shot ASR (%), {attack}")
     legend_above(figure, axes[0, 0])
     return figure

@@ -64,8 +64,9 @@ def figure7(original: Mapping[str, Example], inverted: Mapping[str, Example]) ->
     it for the inverted one. An empty ``inverted`` leaves the upper half only.
     """
     names = in_order(original, inverted)
+    differs = any(example.note for example in original.values())
     halves = (
-        ("Original trigger", "Trigger alone\nor difference", original),
+        ("Original trigger", "Trigger alone" + "\nor difference" * differs, original),
         ("Inverted trigger", "Trigger alone", inverted),
     )
     shown = [half for half in halves if half[2]]
@@ -74,22 +75,14 @@ def figure7(original: Mapping[str, Example], inverted: Mapping[str, Example]) ->
     for half, (title, below, examples) in enumerate(shown):
         for column, name in enumerate(names):
             upper, lower = axes[2 * half : 2 * half + 2, column]
-            _pair(upper, lower, examples.get(name))
+            show(upper, examples[name].image)
+            show(lower, examples[name].trigger)
+            lower.set_xlabel(examples[name].note, labelpad=1)
             if half == 0:
                 upper.set_title(label("attack", name))
         axes[2 * half, 0].set_ylabel(title)
         axes[2 * half + 1, 0].set_ylabel(below)
     return figure
-
-
-def _pair(upper: Axes, lower: Axes, example: Example | None) -> None:
-    if example is None:
-        for axes in (upper, lower):
-            axes.set(xticks=[], yticks=[], frame_on=False)
-        return
-    show(upper, example.image)
-    show(lower, example.trigger)
-    lower.set_xlabel(example.note, labelpad=1)
 
 
 @mpl.rc_context(STYLE)
@@ -119,7 +112,7 @@ def figure1(
     show(axes[0, 3], inverted, "2 Inverted trigger")
     before, after = asr
     bars(axes[0, 4], in_order(before, after), {"before": before, "after": after})
-    percent_axis(axes[0, 4], "ASR (%)")
+    percent_axis(axes[0, 4], "Zero-shot ASR (%)")
     axes[0, 4].set_title("3 Tuning")
     figure.legend(**legend(axes[0, 4]), loc="outside upper right", ncols=2)
     return figure

@@ -59,7 +59,7 @@ def calls(settings: Settings) -> dict[str, list[Call]]:
         "05_baselines": [
             *tuned,
             *((reports.defense_rows, (name, *m)) for name in names for m in attacked),
-            *((defenses.rebounded, (n, *m)) for n in (*names, "invertune") for m in again),
+            *((defenses.rebounded, (n, *m)) for n in ("none", *names, "invertune") for m in again),
         ],
         "06_generalization": [*tuned, *_generalization(settings)],
         "07_ablations": [*tuned, *_ablations(settings)],

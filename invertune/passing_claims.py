@@ -17,13 +17,12 @@ from scipy.stats import entropy
 from torch import Tensor
 
 from invertune import data as datasets
-from invertune import defenses, steps, tables
+from invertune import steps, tables
 from invertune.chain import Chain, Defender, class_head, pretrained
-from invertune.evaluation import evaluated
 from invertune.generalization import one_attack
 from invertune.reports import candidate_rows, defense_rows
 from invertune.results import to_frame
-from invertune.rows import TASK_KS, Rows, mean, metric_row, rates, shared_columns
+from invertune.rows import TASK_KS, Rows, mean, metric_row, shared_columns
 from invertune.sections import PICTOGRAMS
 from invertune.settings import suspects
 
@@ -75,22 +74,17 @@ def variant_rows(chain: Chain, among: Collection[str] = VARIANTS) -> Rows:
     attack = chain.settings.generalization.attack
     chosen = [item for item in variants(chain).items() if item[0] in among]
     for (variant, other), seed in itertools.product(chosen, chain.settings.seeds):
-        suspect = steps.poisoned(chain, attack, seed)
-        model = defenses.defended(other, "invertune", attack, seed)
-        before = rates(evaluated(chain, suspect, suspect.trigger, suspect.key, seed))
-        done = evaluated(chain, model, model.trigger, suspect.key, seed)
-        base = shared_columns(chain, attack, seed, done.key, defense="invertune", variant=variant)
-        for task, k in TASK_KS:
-            at = {**base, "task": task, "k": k}
-            ca, asr = (rates(done)[f"{task}.{metric}.{k}"] for metric in ("ca", "asr"))
-            rows += [metric_row(at, "ca", ca), metric_row(at, "asr", asr)]
-            rows.append(metric_row(at, "ca_loss", before[f"{task}.ca.{k}"].value - ca.value))
+        measured = defense_rows(chain, "invertune", attack, seed, other)
+        own = [r for r in measured if r["paper_item"] == "table1" or r["metric"] == "ca_loss"]
+        rows += [{**r, "paper_item": "extra", "variant": variant} for r in own]
         found = steps.identified(other, attack, seed)
-        candidates = candidate_rows(other, found, {**base, "key": found.key, "variant": ""})
+        base = shared_columns(chain, attack, seed, found.key, "invertune")
+        candidates = candidate_rows(other, found, base)
         rows += [{**r, "variant": f"{variant};{r['variant']}".strip(";")} for r in candidates]
         if other.defender.lacks:
+            about = {"key": own[0]["key"], "task": "zeroshot", "variant": variant}
             rank = similarity_rank(chain, steps.first_candidate(other, attack, seed))
-            rows.append(metric_row(base, "similarity_rank", rank, task="zeroshot"))
+            rows.append(metric_row(base, "similarity_rank", rank, **about))
     return rows
 
 

@@ -54,7 +54,7 @@ def planned(settings: Settings) -> list[Work]:
         work.append(Work("01_attacks", "badclip patch", seeds, patch, "badclip_patch"))
     passes = invertune_passes(settings)
     baselines, rebound = settings.baselines, settings.rebound
-    again = len(suspects(settings, among=rebound.attacks)) * (len(baselines.names) + 1)
+    again = len(suspects(settings, among=rebound.attacks)) * (len(baselines.names) + 2)
     return [
         *work,
         *(

@@ -100,9 +100,9 @@ def _report(chain: Chain, step1: Artifact, rounds: list[tuple[dict[str, Any], Ar
         "would still do is not measured.",
         f"## 1 Suspected target: {settings.target}",
         tables.frame_markdown(pd.DataFrame(candidates), 1).strip(),
-        "The classes that universal perturbations reach most. *Score*, more suspicious where lower: "
-        "the mask that a short inversion needs (L1, at equal success) times the percentage of "
-        f"images that resist the perturbations. {comparison(settings)}",
+        "The classes that universal perturbations reach most. *Score*, the lower the more "
+        "suspicious: the mask that a short inversion needs (L1, at the ASR floor) times 100 minus "
+        f"the largest increase (at least 1). {comparison(settings)}",
         "## 2 Inverted trigger",
         f"It drives {trigger['inverted_asr']:.1f} % of the images to the target, with "
         f"{share:.1f} % of the mask.",

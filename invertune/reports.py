@@ -74,12 +74,13 @@ def undefended_rows(chain: Chain, attack: str, seed: int) -> Rows:
     floor = evaluated(chain, model, None, "none", seed)
     base = shared_columns(chain, attack, seed, done.key)
     rows = _table1(done, base)
-    base |= {"task": "zeroshot", "k": 1}
     drop = rates(null)["zeroshot.ca.1"].value - rates(done)["zeroshot.ca.1"].value
-    rows.append(metric_row(base, "ca_loss", drop))
+    rows.append(metric_row(base, "ca_loss", drop, task="zeroshot", k=1))
     for name, artifact in (("untriggered", floor), ("clean_model", null)):
-        asr = rates(artifact)["zeroshot.asr.1"]
-        rows.append(metric_row(base, "asr", asr, key=artifact.key, variant={"floor": name}))
+        for task, k in TASK_KS:
+            asr = rates(artifact)[f"{task}.asr.{k}"]
+            place = {"task": task, "k": k, "key": artifact.key, "variant": {"floor": name}}
+            rows.append(metric_row(base, "asr", asr, **place))
     return rows
 
 
@@ -165,11 +166,11 @@ def inversion_rows(chain: Chain) -> Rows:
         base = shared_columns(chain, attack, seed, found.key, task="zeroshot")
         figure = {**base, "paper_item": "figure5", "k": 1}
         rows.append(metric_row(figure, "inverted_asr", inverted_asr))
-        sizes[attack, seed] = size = found.metrics["mask_l1_at_equal_asr"]  # None: never reached
-        rows.append(metric_row(base, "mask_l1", mask_size(chain, size)))
+        right = found.metrics["target"] == chain.target  # a wrong target's mask proves nothing
+        size = found.metrics["mask_l1_at_equal_asr"] if right else None  # None: never reached
+        sizes[attack, seed], mask = size, mask_size(chain, size)
+        rows.append(metric_row(base, "mask_l1", mask))
         if attack != "none":
-            right = found.metrics["target"] == chain.target  # a wrong target's mask proves nothing
-            mask = mask_size(chain, size if right else None)
             null = mask_size(chain, sizes["none", seed])
             rows.append(metric_row(base, "mask_l1_ratio", mask / null))
         if model.trigger is not None:
@@ -199,10 +200,15 @@ def inverted_energy(chain: Chain, attack: str, suspect: str, seed: int) -> dict[
     return {name: triggers.energy_share(found.tensors["mask"], p) for name, p in places.items()}
 
 
-def defense_rows(chain: Chain, defense: str, attack: str, seed: int) -> Rows:
-    """CA, ASR (Table 1) and CA loss of one defended model, under the true trigger."""
+def defense_rows(
+    chain: Chain, defense: str, attack: str, seed: int, defender: Chain | None = None
+) -> Rows:
+    """CA, ASR (Table 1) and CA loss of one defended model, under the true trigger.
+
+    ``defender``: the chain that defends, where it is another one.
+    """
     suspect = steps.poisoned(chain, attack, seed)
-    model = defenses.defended(chain, defense, attack, seed)
+    model = defenses.defended(defender or chain, defense, attack, seed)
     before = rates(evaluated(chain, suspect, suspect.trigger, suspect.key, seed))
     done = evaluated(chain, model, model.trigger, suspect.key, seed)
     base = shared_columns(chain, attack, seed, done.key, defense=defense)

@@ -14,13 +14,15 @@ import numbers
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import pandas as pd
 
 from invertune.files import REPOSITORY, locked, write_atomic
-from invertune.metrics import Rate
 from invertune.sections import BACKBONES, NULLS, Attack, Baseline
+
+if TYPE_CHECKING:  # it imports torch, which tables and their comparison do not need
+    from invertune.metrics import Rate
 
 Row = Mapping[str, str]  # column to text
 # One order everywhere: tables, figures and the file itself. Names not listed here come after.
@@ -46,7 +48,7 @@ METRICS = {
     "similarity_rank": "rank",  # of the class found, among the texts nearest to the target's
     "entropy": "ratio",  # of predictions, over that of equal shares: 1 is uniform
     "largest_share": "percent",  # of predictions that fall into one class
-    "mask_l1": "l1",  # smallest mask size (sum of the mask) at equal inverted ASR
+    "mask_l1": "l1",  # smallest mask size (sum of the mask) at the ASR floor
     "ssim": "ratio",  # structural similarity of images with and without the inverted trigger
     "adversarial_share": "percent",  # images predicted as the class under a universal perturbation
     "mask_l1_ratio": "ratio",  # mask_l1 of this model over that of the clean model
@@ -128,9 +130,9 @@ def row(
     seed, n, ci_low, ci_high, key.
     Raises ``ResultsError`` for an unknown column and for a value that its column does not allow.
     """
-    if isinstance(value, Rate):
-        others |= {"n": value.n, "ci_low": value.low, "ci_high": value.high}
-        value = value.value
+    if isinstance(value, tuple):  # a Rate
+        value, n, low, high = value
+        others |= {"n": n, "ci_low": low, "ci_high": high}
     variant = variant if isinstance(variant, str) else variant_text(variant)
     given = {**others, "metric": metric, "value": value, "variant": variant}
     for column in given:

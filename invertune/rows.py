@@ -60,7 +60,7 @@ def rates(artifact: Artifact) -> dict[str, Rate]:
 
 
 def mask_size(chain: Chain, size: float | None) -> float:
-    """A mask's L1 at equal ASR as the results have it; None: that ASR was never reached."""
+    """A mask's L1 at the ASR floor as the results have it; None: that ASR was never reached."""
     return full_mask(chain) if size is None else size
 
 

@@ -357,7 +357,7 @@ class Settings(Section):
     """One resolved profile. ``profile`` is its name; every other key stands in the YAML file."""
 
     profile: str
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)]
     backbone: Backbone
     weights: Annotated[str, Field(min_length=1)]
     target: str

@@ -280,10 +280,7 @@ def tune_model(
     )
     return {"weights": result.clip.net.state_dict()}, {
         "impacts": result.impacts,
-        "threshold": result.selection.threshold,
-        "mean": result.selection.mean,
-        "std": result.selection.std,
-        "layers": list(result.selection.layers),
+        **asdict(result.selection),
         "lr": result.kept.lr,
         "step": result.kept.step,
         "neurons": {k: int(v.sum()) for k, v in result.neurons.items()},

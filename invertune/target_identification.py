@@ -49,7 +49,7 @@ class Increase:
 class Identified:
     """The ranking: candidate classes, best first, with the evidence for each.
 
-    ``scores`` are mask sizes (L1) at equal ASR, infinite where the short inversion never got there;
+    ``scores`` are mask sizes (L1) at the ASR floor, infinite where that was never reached;
     ``perturbations`` holds each kind's tensor (a patch [3, p, p] or a ball [3, H, W]).
     """
 
@@ -79,10 +79,11 @@ def identify(
     view = View(suspect, images, clean, head[predicted])
     perturbations: dict[str, Tensor] = {}
     increases: dict[str, Increase] = {}
+    before = predicted.cpu().bincount(minlength=len(head))
     for kind in settings.kinds:
         perturbations[kind] = MAKERS[kind](view, settings, seed)
-        perturbed = partial(perturb, kind, perturbations[kind])
-        increases[kind] = measure(suspect, images, predicted, head, perturbed)
+        moved = embed_images(suspect, images, change=partial(perturb, kind, perturbations[kind]))
+        increases[kind] = Increase(before, predicted_counts(moved, head))
     gains = largest_increases(increases)
     chosen = gains.topk(settings.candidates).indices.tolist()
     short = {"steps": settings.check_steps, "lr": settings.check_lr, "emb_reference": "clean"}
@@ -102,7 +103,7 @@ def identify(
 def evidence(trigger: InvertedTrigger, increase: float) -> tuple[float, float]:
     """Sort key of a candidate, smallest first; ``increase`` is its largest one, in points.
 
-    Mask L1 at equal ASR times the share of images that the perturbations do not drive there; then
+    Mask L1 at the ASR floor times 100 minus the increase (``weighted_mask``); then
     (where that ASR was never reached) the highest ASR. The mask alone would favor natural sinks
     over triggers that cover the image: a faint wave needs a larger mask than a patch.
     """
@@ -110,8 +111,8 @@ def evidence(trigger: InvertedTrigger, increase: float) -> tuple[float, float]:
 
 
 def weighted_mask(mask_l1: float, increase: float) -> float:
-    """The score: mask L1 at equal ASR times the percentage of images that no perturbation drives
-    to the class, at least 1. Small for a target.
+    """The score: mask L1 at the ASR floor times 100 minus the class's largest ``increase`` in
+    points, which counts as at least 1. Small for a target.
     """
     return mask_l1 * max(100 - increase, 1.0)
 
@@ -124,18 +125,6 @@ def strongest(increases: Mapping[str, Increase]) -> str:
 def largest_increases(increases: Mapping[str, Increase]) -> Tensor:
     """Each class's largest increase [C] over the kinds of perturbation, in points."""
     return torch.stack([i.points for i in increases.values()]).amax(0)
-
-
-def measure(
-    clip: Clip,
-    images: Tensor,
-    predicted: Tensor,
-    head: Tensor,
-    perturbed: Callable[[Tensor], Tensor],
-) -> Increase:
-    """Predicted class counts before and after a perturbation (Tables 6-11)."""
-    adversarial = predicted_counts(embed_images(clip, images, change=perturbed), head)
-    return Increase(predicted.cpu().bincount(minlength=len(head)), adversarial)
 
 
 def ranked_increases(

@@ -68,12 +68,15 @@ def test_the_rate_table_shows_every_rate_and_what_was_not_run(chain: Chain) -> N
     table = comparison.learning_rate_table(chain).set_index("defense")
     tried = dict(defenses.baseline(chain, "ft", "blended", 0).metrics["tried"])
     assert list(tried) == [0.0002, 0.0001] and tried[0.0002] is not None
-    shown = {lr: table.loc["FT", f"CA at {lr:g}"] for lr in tried}
+    shown = {lr: table.loc["FT", f"held-out CA at {lr:g}"] for lr in tried}
     assert all(pd.isna(shown[lr]) if ca is None else shown[lr] == ca for lr, ca in tried.items())
 
 
 def test_every_defense_rebounds_and_is_drawn(chain: Chain, rows: pd.DataFrame) -> None:
-    assert list(comparison.rebound_table(chain, rows).defense) == ["FT", "PAR", "InverTune"]
+    table = comparison.rebound_table(chain, rows)
+    assert list(table.defense) == 2 * ["No defense", "FT", "PAR", "InverTune"]
+    assert list(table)[2:] == [f"Blended {m}" for m in ("CA", "ASR", "rebound ASR", "rebound CA")]
+    assert table.notna().all().all()
     heatmaps = comparison.table1_figure(chain, rows).axes
     [ft, *_] = tables.select(rows, defense="ft", metric="asr", k="1", variant="").value
     assert len(heatmaps) == 4 and heatmaps[0].texts[0].get_text() == rate_text(ft)
@@ -81,7 +84,7 @@ def test_every_defense_rebounds_and_is_drawn(chain: Chain, rows: pd.DataFrame) -
     cell = comparison.table1_figure(chain, both).axes[0].texts[0].get_text()
     assert cell == f"{rate_text((ft + 100) / 2)}\n{rate_text(ft)}-100"
     bars = comparison.rebound_figure(chain, rows).axes[0].patches
-    assert len(bars) == 2 * 3 and {"ft", "par", "invertune"} <= set(DEFENSE_COLORS)
+    assert len(bars) == 2 * 4 and {"ft", "par", "invertune"} <= set(DEFENSE_COLORS)
     before = defenses.defended(chain, "ft", "blended", 0)
     after = defenses.rebound_model(chain, "ft", "blended", 0)
     assert before.key != after.key and before.trigger is not None

@@ -114,6 +114,7 @@ def start(program: list[str], store: Path) -> subprocess.CompletedProcess[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     root = Path(__file__).resolve().parents[1]
     more = {"INVERTUNE_STORE": str(store), "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    more["CUDA_VISIBLE_DEVICES"] = ""  # gloo, on any machine
     return subprocess.run(
         [*torchrun, *program], cwd=root, env={**os.environ, **more}, capture_output=True, text=True
     )

@@ -41,7 +41,9 @@ DRAW = {
     "figure5a": lambda: figures.figure5a(INCREASES, "mushroom"),
     "figure5b": lambda: figures.figure5b(ASR, {**LOW, "none": [20.0]}),
     "attack_gate": lambda: figures.attack_gate(ASR, LOSS, 80, 2, {"badnet": "failed in seed 7"}),
-    "before_after": lambda: figures.before_after((CA, CA), (ASR, LOW)),
+    "before_after": lambda: figures.before_after(
+        {"CA (%)": (CA, CA), "ASR (%)": (ASR, LOW), "Retrieval CA (%)": (CA, CA), "R (%)": ({}, {})}
+    ),
     "layer_impact": lambda: figures.layer_impact(IMPACTS, 1.5, ["visual.layer4"]),
     "loss_curves": lambda: curve_figures.loss_curves(
         {"badnet": LOG}, curve_figures.INVERSION_CURVES, {"badnet": 40}
@@ -164,7 +166,7 @@ def test_figure1_marks_the_class_that_step_1_found():
 def test_loss_curves_skip_missing_values_and_columns():
     panels = curve_figures.loss_curves({"badnet": LOG}, curve_figures.INVERSION_CURVES).axes
     drawn = {axes.get_title(): axes.lines for axes in panels}
-    assert list(drawn["Inverted ASR, held-out (%)"][0].get_xdata()) == [0, 40]
+    assert list(drawn["Held-out inverted ASR (%)"][0].get_xdata()) == [0, 40]
     assert len(drawn["$L_{align}$"]) == 1 and len(drawn["$L_{sim}$"]) == 0
 
 

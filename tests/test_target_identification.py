@@ -20,7 +20,6 @@ from invertune.target_identification import (
     evidence,
     identify,
     largest_increases,
-    measure,
     ranked_increases,
 )
 from invertune.trigger_inversion import State
@@ -134,13 +133,12 @@ def test_every_kind_is_bounded_deterministic_and_moves_the_features(
 
 def test_counts_add_up_and_identify_ranks_the_asked_number(view: View) -> None:
     clip, images, head = view.clip, view.images, zero_shot_head(view.clip, CLASSES, ["a {}"])
-    predicted = (view.features @ head.T).argmax(1)
-    increase = measure(clip, images, predicted, head, lambda x: 1 - x)
-    assert increase.clean.sum() == increase.adversarial.sum() == 32
     mini = load_settings("mini", {"inversion": {"batch": 16}})
     settings = _quick().model_copy(update={"steps": 1, "kinds": ("patch_feature",)})
     found = identify(clip, images, images, head, settings, mini.inversion, 0)
     assert len(found.ranking) == len(found.scores) == settings.candidates
+    increase = found.increases["patch_feature"]
+    assert increase.clean.sum() == increase.adversarial.sum() == 32
 
 
 def test_topology_gap_is_zero_only_for_equal_graphs() -> None:
