@@ -198,7 +198,7 @@ def bars(
             error_kw={"elinewidth": 0.8, "label": WHISKERS if i == 0 else "_nolegend_"},
         )
         if drawn.errorbar is not None:  # a white edge: seen on light and on dark bars
-            drawn.errorbar[2][0].set_path_effects([withStroke(linewidth=2, foreground="white")])
+            drawn.errorbar[2][0].set_path_effects([withStroke(linewidth=1.4, foreground="white")])
         beside = axes.get_yaxis_transform()
         for bar, mean in zip(drawn, means, strict=True):
             middle = bar.get_y() + bar.get_height() / 2
