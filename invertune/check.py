@@ -67,8 +67,8 @@ def _device() -> str:
 
 
 def _memory() -> str:
-    memory = psutil.virtual_memory()
-    return f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free"
+    free = provenance.free_bytes()
+    return f"{psutil.virtual_memory().total / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
 
 
 def _paper_data() -> list[str]:

@@ -18,12 +18,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 from joblib import cpu_count
 
 from invertune import ablations, defenses, generalization, passing_claims, plan, reports, steps
 from invertune.chain import no_gpu, open_chain
+from invertune.provenance import free_bytes
 from invertune.sections import NULLS, SWEEPS, Settings
 from invertune.settings import SettingsError, compared, other_models, suspects
 from invertune.store import MissingError
@@ -120,8 +120,7 @@ def default_count(settings: Settings) -> int:
     if peak is None or (settings.device != "cpu" and not no_gpu()):
         return 1
     minutes = sum(plan.minutes_of(plan.planned(settings), settings))
-    fitting = psutil.virtual_memory().available / 1e6 / peak
-    return max(1, min(cpu_count(), int(fitting), int(minutes)))
+    return max(1, min(cpu_count(), int(free_bytes() / 1e6 / peak), int(minutes)))
 
 
 def fill(settings: Settings, notebook: str, count: int) -> None:

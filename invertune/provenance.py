@@ -1,4 +1,4 @@
-"""Where a result comes from: file hashes, package versions, the commit, peak memory."""
+"""Where a result comes from: package versions, the commit, peak memory; and memory left."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import resource
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
+import psutil
 import torch
 
 from invertune.files import REPOSITORY
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "safetensors", "numpy")
+CGROUP = Path("/sys/fs/cgroup")  # of a container, e.g. Docker's
 
 
 def versions() -> dict[str, str]:
@@ -38,3 +41,15 @@ def peak_mb(cuda: bool) -> int:
         return torch.cuda.max_memory_allocated() // 10**6
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 10**6
+
+
+def free_bytes() -> int:
+    """Memory that may still be taken: of the machine, or of a container with a lower limit."""
+    free: int = psutil.virtual_memory().available
+    try:
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):  # no container, or none with a limit
+        return free
+    cached = dict(line.split() for line in lines)["inactive_file"]  # given back when it is needed
+    return min(free, limit - used + int(cached))

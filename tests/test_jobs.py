@@ -15,7 +15,7 @@ from conftest import QUICK_CASES, wait_until
 from notebook_rows import ROWS
 
 from invertune import data as datasets
-from invertune import jobs
+from invertune import jobs, provenance
 from invertune.__main__ import main
 from invertune.chain import Model, open_chain
 from invertune.plan import planned
@@ -82,10 +82,21 @@ def fill(store: Path, *arguments: str) -> subprocess.Popen[str]:
     ("profile", "free_gb", "count"), [("mini", 99, 4), ("mini", 6, 2), ("smoke", 99, 1)]
 )
 def test_one_job_a_core_while_memory_and_work_last(profile, free_gb, count, monkeypatch):
-    memory = SimpleNamespace(available=free_gb * 1e9)
-    monkeypatch.setattr(jobs.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(jobs, "free_bytes", lambda: free_gb * 1e9)
     monkeypatch.setattr(jobs, "cpu_count", lambda: 4)
     assert jobs.default_count(load_settings(profile, {"device": "cpu"})) == count
+
+
+@pytest.mark.parametrize(("limit", "left"), [("3000", 2500), ("max", 9000)])
+def test_a_containers_memory_counts(limit, left, tmp_path, monkeypatch):
+    memory = SimpleNamespace(available=9000)
+    monkeypatch.setattr(provenance.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(provenance, "CGROUP", tmp_path)
+    assert provenance.free_bytes() == 9000  # no container
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text("1200\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 700\n")
+    assert provenance.free_bytes() == left
 
 
 def test_two_processes_leave_what_one_leaves(tmp_path):
