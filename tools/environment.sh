@@ -76,7 +76,6 @@ use_environment() {
   export JUPYTER_PREFER_ENV_PATH=1              # not a kernel of the same name in the home folder
   export PYTHONPATH="$repository" PYTHONUTF8=1
   export INVERTUNE_STORE="${INVERTUNE_STORE:-$repository/results/store}"
-  export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"   # spinning threads starve each other
 }
 
 # A browser and its driver for tests/test_browser.py, which says what is missing where this fails.
