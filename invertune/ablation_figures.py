@@ -87,7 +87,7 @@ def _curve(axes: Axes, rows: pd.DataFrame, places: Mapping[str, float], attack: 
 def _explain_bands(axes: Axes) -> None:
     """Names the bands of ``_curve``, if there are any, in the legend."""
     if axes.collections:
-        axes.fill_between([], [], color="0.5", alpha=0.4, label="band: lowest to highest seed")
+        axes.fill_between([], [], color="0.5", alpha=0.4, label=figures.WHISKERS)
 
 
 @mpl.rc_context(STYLE)

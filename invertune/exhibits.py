@@ -43,17 +43,17 @@ def _by_attack(
 def gate_table(chain: Chain, results: pd.DataFrame) -> pd.DataFrame:
     """Per attack: CA, both tasks' ASR with its floors, and in which seeds the gate was missed."""
     rows, gate = own_rows(chain, results), chain.settings.attacks
-    failed, columns = _failed(rows, gate), {}
-    for task, k in TASK_KS:
-        where = {"defense": "none", "task": task, "k": k}
-        asr = f"{'retrieval ' * (task == 'retrieval')}ASR"
-        if task == "zeroshot":
-            columns["CA"] = _column(rows, metric="ca", **where)
-            columns["CA loss"] = _column(rows, metric="ca_loss", **where)
-        columns[asr] = _column(rows, metric="asr", variant="", **where)
-        for variant, title in (("clean_model", "clean model"), ("untriggered", "no trigger")):
-            floor = {"metric": "asr", "variant": f"floor={variant}"}
-            columns[f"{asr}, {title}"] = _column(rows, **floor, **where)
+    failed = _failed(rows, gate)
+    where = {"defense": "none", "task": "zeroshot", "k": "1"}
+    columns = {
+        "CA": _column(rows, metric="ca", **where),
+        "CA loss": _column(rows, metric="ca_loss", **where),
+    }
+    for (task, k), name in zip(TASK_KS, ("ASR", "retrieval ASR"), strict=True):
+        where = {"defense": "none", "task": task, "k": k, "metric": "asr"}
+        columns[name] = _column(rows, variant="", **where)
+        columns[f"{name}, clean model"] = _column(rows, variant="floor=clean_model", **where)
+        columns[f"{name}, no trigger"] = _column(rows, variant="floor=untriggered", **where)
     frame = _by_attack(chain, columns)
     frame["gate"] = [failed.get(name, "passed") for name in gate.names]
     return frame

@@ -207,9 +207,10 @@ def bars(
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
-def bar_panels(names: int, groups: int) -> tuple[Figure, np.ndarray]:
-    """Two charts beside each other that share the names of their ``bars``."""
-    return canvas(1, 2, COLUMN_IN, 0.8 + 0.085 * names * (groups + 1), sharey=True)
+def bar_panels(names: int, groups: int, lines: int = 1) -> tuple[Figure, np.ndarray]:
+    """Two charts a line that share the names of their ``bars``."""
+    height = 0.4 + lines * (0.4 + 0.085 * names * (groups + 1))
+    return canvas(lines, 2, COLUMN_IN, height, sharey=True)
 
 
 def percent_axis(axes: Axes, title: str) -> None:
@@ -288,8 +289,7 @@ def attack_gate(
 def before_after(found: Mapping[str, tuple[Values, Values]]) -> Figure:
     """Rates per attack before and after tuning, four charts: (before, after) by a chart's title."""
     names = in_order(*(values for pair in found.values() for values in pair))
-    height = 1.0 + 2 * (0.2 + 0.26 * len(names))
-    figure, axes = canvas(2, 2, COLUMN_IN, height, sharey=True)
+    figure, axes = bar_panels(len(names), 2, lines=2)
     for chart, (title, (before, after)) in zip(axes.flat, found.items(), strict=True):
         bars(chart, names, {"before tuning": before, "after tuning": after})
         percent_axis(chart, title)

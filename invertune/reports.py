@@ -158,7 +158,7 @@ def increases_by_class(chain: Chain, attack: str, seed: int) -> dict[str, float]
 def inversion_rows(chain: Chain) -> Rows:
     """Notebook 03: inverted ASR on the evaluation set, mask size and place, beside the nulls."""
     rows: Rows = []
-    sizes: dict[tuple[str, int], float | None] = {}
+    masks: dict[tuple[str, int], float] = {}
     for attack, seed in suspects(chain.settings, nulls=True):
         model, found = steps.poisoned(chain, attack, seed), steps.inverted(chain, attack, seed)
         trigger = steps.inverted_trigger(chain, found)
@@ -168,11 +168,10 @@ def inversion_rows(chain: Chain) -> Rows:
         rows.append(metric_row(figure, "inverted_asr", inverted_asr))
         right = found.metrics["target"] == chain.target  # a wrong target's mask proves nothing
         size = found.metrics["mask_l1_at_equal_asr"] if right else None  # None: never reached
-        sizes[attack, seed], mask = size, mask_size(chain, size)
+        masks[attack, seed] = mask = mask_size(chain, size)
         rows.append(metric_row(base, "mask_l1", mask))
         if attack != "none":
-            null = mask_size(chain, sizes["none", seed])
-            rows.append(metric_row(base, "mask_l1_ratio", mask / null))
+            rows.append(metric_row(base, "mask_l1_ratio", mask / masks["none", seed]))
         if model.trigger is not None:
             true = rates(evaluated(chain, model, model.trigger, model.key, seed))
             asr = true["zeroshot.asr.1"]

@@ -157,6 +157,7 @@ def test_an_unknown_key_is_named_with_the_keys_there_are(path):
         ("inversion.clamp", "none", "'per_channel' or 'scalar'"),
         ("identification.kinds", ["ball"], "'patch_feature'"),
         ("seeds", [-1], "greater than or equal to 0"),
+        ("seeds", [2**32], "less than 4294967296"),
         ("seeds", [], "at least 1 item"),
         ("precision", "float16", "'float32' or 'bfloat16'"),
         ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
